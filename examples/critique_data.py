@@ -1,0 +1,1030 @@
+"""Photographs with known faults and the critiques that go with them, made from real photographs and cut-outs.
+
+    python examples/critique_data.py --split train --num-samples 24 --out contact_sheet.png
+
+writes a sheet of samples with their captions, to look at. In a program, `critique_dataset` gives the samples made on
+the fly and `critique_pool` the same samples made once and kept in an Arrow cache. A sample depends on (seed, split,
+index) and on nothing else. The photographs and cut-outs come from `critique_sources.py`.
+"""
+
+import argparse
+import functools
+import hashlib
+import io
+import json
+import math
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from critique_captions import ASPECT_FAULTS, FAULTS, Truth, compose_caption, named_faults
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+
+__all__ = [
+    "ASPECT_FAULTS",
+    "FAULTS",
+    "LoadedSources",
+    "critique_dataset",
+    "critique_pool",
+    "load_sources",
+    "make_sample",
+    "named_faults",
+]
+
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+_CODES = np.arange(256, dtype=np.float32) / 255
+TO_LINEAR = np.where(_CODES <= 0.04045, _CODES / 12.92, ((_CODES + 0.055) / 1.055) ** 2.4).astype(np.float32)
+# 16 k steps of linear light: sRGB is steep in the darks, fewer steps would show there as bands.
+_LIGHT = np.arange(16384, dtype=np.float64) / 16383
+TO_CODE = np.where(_LIGHT <= 0.0031308, _LIGHT * 12.92, 1.055 * _LIGHT ** (1 / 2.4) - 0.055).astype(np.float32)
+
+MAP_SIZE = 32
+RATINGS = 10
+PLACEMENTS = ASPECT_FAULTS["placement"]
+DEPTHS = ASPECT_FAULTS["depth"]
+PHOTOMETRIC = tuple(aspect for aspect in ASPECT_FAULTS if aspect not in ("placement", "depth"))
+
+# A fault's strength is a multiple of the least strength that counts as one; beyond these the picture is destroyed.
+STRONGEST = {"overexposed": 1.6, "cool_cast": 2.0, "warm_cast": 2.0, "oversaturated": 1.9, "noisy": 2.2,
+             "vignetting": 2.2, "underexposed": 2.4, "high_contrast": 2.1}  # fmt: skip
+# Faults that hide each other: washed-out highlights leave no contrast to be harsh, grey shows no cast.
+HIDING = (("overexposed", "high_contrast"), ("muted", "cool_cast"), ("muted", "warm_cast"))
+PENALTIES = {"underexposed": 1.2, "overexposed": 1.3, "low_contrast": 0.9, "high_contrast": 0.9, "cool_cast": 0.9,
+             "warm_cast": 0.9, "muted": 0.7, "oversaturated": 0.9, "blurred": 1.6, "noisy": 1.0, "tilted": 0.8,
+             "vignetting": 0.6, "subject_centred": 0.1, "subject_left_third": -0.35, "subject_right_third": -0.35,
+             "subject_near_edge": 1.3, "background_blurred": -0.45, "subject_blurred": 1.6}  # fmt: skip
+BEST_RATING = 8.3
+MAX_DRAWBACKS = 4
+MAX_WORDS = 60
+
+# The least area of a subject as a share of the picture's.
+SMALLEST_SUBJECT = 0.02
+# Where the middle of a subject lies, as a share of the picture's width.
+PLACES = {"subject_left_third": 1 / 3, "subject_right_third": 2 / 3, "subject_centred": 0.5}
+# Points spread evenly over the unit disc.
+_DISC = np.sqrt(np.arange(0.5, 200) / 200) * np.array(
+    [np.cos(np.arange(200) * 2.39996), np.sin(np.arange(200) * 2.39996)]
+)  # fmt: skip
+
+MIDDLE_LUMA, USUAL_SPREAD, USUAL_CHROMA = 0.46, 0.21, 0.17
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sources
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Photo:
+    """One photograph: `raw` as taken and `normal` with its light and colour brought to a common level (uint8 RGB).
+
+    `box` is the subject's box in the photograph, in fractions of its width and height, when it is known.
+    `luma` and `detail` are 1/8-size maps of brightness and of fine gradient, by which crops are chosen cheaply.
+    """
+
+    id: str
+    subject: bool
+    box: tuple[float, float, float, float] | None
+    raw: Image.Image
+    normal: Image.Image
+    luma: np.ndarray
+    detail: np.ndarray
+
+
+@dataclass
+class LoadedSources:
+    """The decoded photographs and cut-outs of one split. Pickles as its arguments: workers load their own."""
+
+    directory: Path
+    listing: Path
+    split: str
+    photos: list[Photo] = field(default_factory=list, repr=False)
+    cutouts: list[tuple[str, Image.Image]] = field(default_factory=list, repr=False)
+
+    @functools.cached_property
+    def backgrounds(self) -> list[Photo]:
+        """Photographs without a subject of their own."""
+        return [photo for photo in self.photos if not photo.subject]
+
+    def __reduce__(self):
+        return load_sources, (self.split, self.directory, self.listing)
+
+
+def load_sources(split: str, directory: Path | str | None = None, listing: Path | str | None = None) -> LoadedSources:
+    """Decode and normalise one split's pictures.
+
+    `directory` holds photos/<id>.jpg and cutouts/<id>.png, `listing` is the JSON file that says which belong to the
+    split; both default to those of `critique_sources.py`. One process loads the same pictures once.
+    """
+    if directory is None or listing is None:
+        import critique_sources
+
+        directory = directory or critique_sources.sources_dir()
+        listing = listing or critique_sources.MANIFEST
+    return _load_sources(split, Path(directory), Path(listing))
+
+
+@functools.lru_cache(maxsize=4)
+def _load_sources(split: str, directory: Path, listing: Path) -> LoadedSources:
+    if not (directory / "photos").is_dir():
+        raise FileNotFoundError(f"{directory} has no photos/: run `python examples/critique_sources.py` first")
+    entries = json.loads(listing.read_text(encoding="utf-8"))
+    sources = LoadedSources(directory, listing, split)
+    for entry in entries["photos"]:
+        if entry["split"] == split:
+            photo = _load_photo(entry, directory / "photos" / f"{entry['id']}.jpg")
+            if photo is not None:
+                sources.photos.append(photo)
+    for entry in entries["cutouts"]:
+        if entry["split"] == split:
+            with Image.open(directory / "cutouts" / f"{entry['id']}.png") as image:
+                sources.cutouts.append((entry["id"], image.convert("RGBA")))
+    if not sources.backgrounds or not sources.cutouts:
+        raise ValueError(
+            f"split {split!r} of {listing} has {len(sources.backgrounds)} usable backgrounds and "
+            f"{len(sources.cutouts)} cut-outs; it needs at least one of each"
+        )
+    return sources
+
+
+def _load_photo(entry: dict, path: Path, softest: float = 0.45) -> Photo | None:
+    """The photograph, or None where it is too soft to show that a blur was added."""
+    with Image.open(path) as image:
+        raw = image.convert("RGB")
+    pixels = np.asarray(raw)
+    normal = normalise(pixels)
+    reduced = Image.fromarray(normal)
+    reduced.thumbnail((400, 400))
+    if acutance(np.asarray(reduced)) < softest:
+        return None
+    box = entry.get("box")
+    if box is not None:
+        box = tuple(np.divide(box, [*raw.size, *raw.size])) if max(box) > 1 else tuple(box)
+    luma = normal.astype(np.float32) @ LUMA / 255
+    detail = np.abs(luma[1:, 1:] - luma[:-1, 1:]) + np.abs(luma[1:, 1:] - luma[1:, :-1])
+    return Photo(
+        entry["id"], bool(entry.get("subject")), box, raw, Image.fromarray(normal), _eighth(luma), _eighth(detail)
+    )
+
+
+def _eighth(values: np.ndarray) -> np.ndarray:
+    height, width = values.shape[0] // 8, values.shape[1] // 8
+    return values[: height * 8, : width * 8].reshape(height, 8, width, 8).mean((1, 3))
+
+
+def normalise(pixels: np.ndarray) -> np.ndarray:
+    """A photograph (uint8 RGB) at medium brightness, contrast, balance and chroma: without a fault yet."""
+    linear = TO_LINEAR[pixels]
+    # Part of the way to grey only, so that a sunset stays warm; less between green and magenta, where no cast is
+    # ever added and where a meadow would turn everything else pink.
+    red, green, blue = np.log2(linear[::4, ::4].mean((0, 1)) + 1e-3)
+    warmth = float(np.clip(0.7 * (blue - red) / 2, -0.8, 0.8))
+    tint = float(np.clip(0.2 * ((red + blue) / 2 - green), -0.3, 0.3))
+    codes = _to_code(linear * np.exp2(np.array([warmth, tint, -warmth], np.float32)))
+    luma = codes @ LUMA
+    chroma = codes - luma[..., None]
+    low, high = np.percentile(luma[::2, ::2], (0.3, 99.7))
+    toned = np.clip((luma - low) / max(high - low, 0.3), 0, 1) * 0.94 + 0.03
+    for _ in range(3):  # repeated: the mean of a power is not the power of the mean
+        toned **= np.float32(np.clip(math.log(MIDDLE_LUMA) / math.log(float(toned.mean())), 0.5, 2.0))
+    mean, spread = float(toned.mean()), float(toned.std())
+    toned = _contrast(toned, mean, float(np.clip(USUAL_SPREAD / max(spread, 0.02), 0.75, 1.6)))
+    chroma *= ((toned + 0.05) / (luma + 0.05))[..., None] ** 0.6
+    level = float(_chroma_level(chroma))
+    chroma *= float(np.clip((USUAL_CHROMA / max(level, 1e-3)) ** 0.8, 0.5, 1.8))
+    return _to_bytes(toned[..., None] + chroma * _gamut_room(toned, chroma)[..., None])
+
+
+def _contrast(luma: np.ndarray, mean: float, factor: float) -> np.ndarray:
+    """Contrast about the mean with shoulders in place of clipping."""
+    room = np.where(luma > mean, np.float32(1 - mean), np.float32(mean))
+    return mean + room * np.tanh((luma - mean) * factor / room)
+
+
+def _gamut_room(luma: np.ndarray, chroma: np.ndarray) -> np.ndarray:
+    """The largest share (0..1) of each pixel's chroma that stays inside the range of codes."""
+    above = (1 - luma) / np.maximum(_largest(chroma), 1e-4)
+    below = luma / np.maximum(-_smallest(chroma), 1e-4)
+    return np.clip(np.minimum(above, below), 0, 1)
+
+
+def _chroma_level(values: np.ndarray) -> float:
+    """Mean distance between the largest and the smallest channel: 0 for grey, about 0.2 for an ordinary photograph."""
+    return float((_largest(values) - _smallest(values)).mean())
+
+
+def _largest(values: np.ndarray) -> np.ndarray:
+    """Over the channels. NumPy's own reduction over a last axis of three is ten times slower."""
+    return np.maximum(np.maximum(values[..., 0], values[..., 1]), values[..., 2])
+
+
+def _smallest(values: np.ndarray) -> np.ndarray:
+    return np.minimum(np.minimum(values[..., 0], values[..., 1]), values[..., 2])
+
+
+def _to_code(linear: np.ndarray) -> np.ndarray:
+    """Linear light, clipped to 0..1, as sRGB codes 0..1."""
+    steps = np.clip(linear, 0, 1)
+    steps *= 16383
+    return TO_CODE[steps.astype(np.uint16)]
+
+
+def _to_bytes(codes: np.ndarray) -> np.ndarray:
+    return (np.clip(codes, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def acutance(pixels: np.ndarray) -> float:
+    """How steep the steepest edges are: the step over one pixel as a share of the step over four (0..1)."""
+    luma = pixels.astype(np.float32) @ LUMA
+    near = np.abs(luma[:, 1:] - luma[:, :-1])
+    far = np.abs(luma[:, 4:] - luma[:, :-4])
+    top = max(8, near.size // 200)
+    return float(np.partition(near, -top, None)[-top:].mean() / (np.partition(far, -top, None)[-top:].mean() + 1e-3))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is wrong with a sample
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def draw_faults(
+    rng: np.random.Generator, *, probability: float, strength: tuple[float, float], composite: bool
+) -> dict[str, float]:
+    """Faults and their strengths, in the order of FAULTS; placement is drawn for composites only, and always."""
+    low, high = np.log(strength)
+    faults = {}
+    for aspect in PHOTOMETRIC:
+        drawn, side, power = rng.random(), rng.integers(len(ASPECT_FAULTS[aspect])), math.exp(rng.uniform(low, high))
+        if drawn < probability:
+            fault = ASPECT_FAULTS[aspect][side]
+            faults[fault] = min(power, STRONGEST.get(fault, 2.5))
+    if "noisy" in faults and high > low and rng.random() < 0.25:
+        faults["noisy"] = rng.uniform(0.5, 1.0)  # noise as it is left when a larger picture was scaled down
+    placement, depth, depth_drawn = rng.integers(len(PLACEMENTS)), rng.integers(len(DEPTHS)), rng.random() < 0.45
+    if composite:
+        faults[PLACEMENTS[placement]] = 1.0
+        if depth_drawn:
+            faults[DEPTHS[depth]] = min(math.exp(rng.uniform(low, high)), 2.5)
+            faults.pop("blurred", None)
+    for pair in HIDING:
+        if faults.keys() >= set(pair):
+            del faults[pair[rng.integers(2)]]
+    return faults
+
+
+def limit_drawbacks(faults: dict[str, float], rng: np.random.Generator) -> None:
+    """Takes faults out until a short text can speak of all that are left; placement and tilt are settled by then."""
+    drawbacks = [fault for fault in faults if PENALTIES[fault] >= 0.5]
+    optional = [fault for fault in drawbacks if fault not in (*PLACEMENTS, "tilted")]
+    for fault in rng.permutation(optional)[: max(0, len(drawbacks) - MAX_DRAWBACKS)]:
+        del faults[str(fault)]
+
+
+def rating_distribution(faults: dict[str, float], unsure: int, rng: np.random.Generator) -> list[float]:
+    """Shares of the ratings 1..10: a normal distribution whose mean falls with the faults and their strength."""
+    mean = BEST_RATING - 0.3 * unsure
+    for fault, strength in faults.items():
+        penalty = PENALTIES[fault]
+        mean -= penalty * (0.4 + 0.6 * strength) if penalty > 0.2 else penalty
+    mean, spread = min(max(mean, 1.3), 9.3), rng.uniform(1.1, 1.4)
+    weights = np.exp(-0.5 * ((np.arange(1, RATINGS + 1) - mean) / spread) ** 2)
+    return (weights / weights.sum()).tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Geometry
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Framing:
+    """Which part of a photograph a canvas shows: `crop` (left, top, right, bottom in pixels of the photograph),
+    turned by `degrees` about its middle, mirrored, at `size` (width, height) pixels cut from `inner` ones."""
+
+    crop: tuple[float, float, float, float]
+    size: tuple[int, int]
+    inner: tuple[int, int]
+    degrees: float
+    mirrored: bool
+
+    def render(self, image: Image.Image) -> Image.Image:
+        canvas = image.resize(self.inner, Image.Resampling.BICUBIC, box=self.crop, reducing_gap=3.0)
+        if self.degrees:
+            canvas = turned(canvas, self.degrees, self.size)
+        return canvas.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.mirrored else canvas
+
+    def to_photo(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Positions on the canvas (fractions of its sides) as positions in the photograph (pixels)."""
+        x = (0.5 - x if self.mirrored else x - 0.5) * self.size[0]
+        y = (y - 0.5) * self.size[1]
+        cos, sin = math.cos(math.radians(self.degrees)), math.sin(math.radians(self.degrees))
+        left, top, right, bottom = self.crop
+        scale = (right - left) / self.inner[0]
+        return (left + right) / 2 + (cos * x + sin * y) * scale, (top + bottom) / 2 + (cos * y - sin * x) * scale
+
+    def to_canvas(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The inverse of `to_photo`."""
+        left, top, right, bottom = self.crop
+        scale = self.inner[0] / (right - left)
+        x, y = (x - (left + right) / 2) * scale, (y - (top + bottom) / 2) * scale
+        cos, sin = math.cos(math.radians(self.degrees)), math.sin(math.radians(self.degrees))
+        x, y = (cos * x - sin * y) / self.size[0], (sin * x + cos * y) / self.size[1]
+        return (0.5 - x if self.mirrored else x + 0.5), y + 0.5
+
+
+def turned(image: Image.Image, degrees: float, size: tuple[int, int]) -> Image.Image:
+    """The picture turned about its middle, cut or filled (with zeros) to `size`."""
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    x, y = size[0] / 2, size[1] / 2
+    start = (image.width / 2 - cos * x - sin * y, image.height / 2 + sin * x - cos * y)
+    matrix = (cos, sin, start[0], -sin, cos, start[1])
+    return image.transform(size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
+
+
+def draw_framing(photo: Photo, degrees: float, long_side: int, rng: np.random.Generator) -> Framing:
+    """A crop of 60-100 % that shows enough detail and medium brightness and, of a photograph whose subject is known,
+    one drawn placement, if a few tries find such a crop.
+
+    The photograph is never enlarged where that can be helped: enlarging would look like a blur.
+    """
+    wanted = PLACEMENTS[rng.choice(len(PLACEMENTS), p=(0.2, 0.3, 0.3, 0.2))] if photo.box is not None else ""
+    best, best_cost = None, math.inf
+    for _ in range(16 if wanted else 6):
+        framing = _draw_framing(photo, degrees, long_side, rng)
+        cost = _framing_cost(photo, framing)
+        if wanted:
+            cost += {wanted: 0.0, "": 0.1}.get(box_placement(photo, framing)[0], 0.15)
+        if cost < best_cost:
+            best, best_cost = framing, cost
+        if cost == 0:
+            break
+    return best
+
+
+def _draw_framing(photo: Photo, degrees: float, long_side: int, rng: np.random.Generator) -> Framing:
+    ratio = math.exp(rng.uniform(0, math.log(1.5)))
+    wide = photo.raw.width >= photo.raw.height
+    if rng.random() < 0.25:
+        wide = not wide
+    size = (long_side, round(long_side / ratio)) if wide else (round(long_side / ratio), long_side)
+    cos, sin = math.cos(math.radians(degrees)), abs(math.sin(math.radians(degrees)))
+    inner = (math.ceil(size[0] * cos + size[1] * sin), math.ceil(size[0] * sin + size[1] * cos))
+    widest = min(photo.raw.width / inner[0], photo.raw.height / inner[1])  # pixels of the photograph per canvas pixel
+    scale = max(widest * rng.uniform(0.6, 1.0), min(widest, 1.0))
+    width, height = inner[0] * scale, inner[1] * scale
+    left = rng.uniform(0, 1) * max(0, photo.raw.width - width)
+    top = rng.uniform(0, 1) * max(0, photo.raw.height - height)
+    crop = (left, top, min(left + width, photo.raw.width), min(top + height, photo.raw.height))
+    return Framing(crop, size, inner, degrees, bool(rng.random() < 0.5))
+
+
+def _framing_cost(photo: Photo, framing: Framing) -> float:
+    """0 for a crop that will do: neither enlarged nor empty nor all dark or bright."""
+    left, top, right, bottom = (int(edge / 8) for edge in framing.crop)
+    luma, detail = (values[top : bottom + 1, left : right + 1] for values in (photo.luma, photo.detail))
+    enlarged = framing.inner[0] / (framing.crop[2] - framing.crop[0])
+    off_middle = abs(float(luma.mean()) - MIDDLE_LUMA)
+    return max(0, enlarged - 1.05) + max(0, off_middle - 0.08) + 20 * max(0, 0.03 - float(detail.mean()))
+
+
+def box_placement(photo: Photo, framing: Framing) -> tuple[str, float]:
+    """Placement of a photograph's own subject ("" where it is unclear) and the share of it that is in the frame."""
+    left, top, right, bottom = photo.box
+    x, y = framing.to_canvas(
+        ((left + right) / 2 + _DISC[0] * (right - left) / 2) * photo.raw.width,
+        ((top + bottom) / 2 + _DISC[1] * (bottom - top) / 2) * photo.raw.height,
+    )
+    seen = float(((x >= 0) & (x <= 1) & (y >= 0) & (y <= 1)).mean())
+    middle, height = float(x.mean()), float(y.mean())
+    if min(photo.box) < 0.01 or max(photo.box) > 0.99:
+        return "", seen  # the photograph itself may cut the subject off
+    if 0.55 <= seen <= 0.85 and min(middle, 1 - middle, 1 - height) < 0.25:
+        return "subject_near_edge", seen
+    if seen > 0.98:
+        for placement, place in PLACES.items():
+            if abs(middle - place) < 0.06:
+                return placement, seen
+    return "", seen
+
+
+def box_map(photo: Photo, framing: Framing) -> np.ndarray:
+    """A soft ellipse that fills the box of a photograph's own subject, as float32 (MAP_SIZE, MAP_SIZE)."""
+    steps = (np.arange(4 * MAP_SIZE, dtype=np.float32) + 0.5) / (4 * MAP_SIZE)
+    x, y = framing.to_photo(*np.meshgrid(steps, steps))
+    left, top, right, bottom = photo.box
+    x, y = x / photo.raw.width, y / photo.raw.height
+    radius = np.hypot((2 * x - left - right) / (right - left), (2 * y - top - bottom) / (bottom - top))
+    return np.clip((1.1 - radius) / 0.2, 0, 1).reshape(MAP_SIZE, 4, MAP_SIZE, 4).mean((1, 3))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Composites
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def place_cutout(
+    canvas: Image.Image, cutout: Image.Image, faults: dict[str, float], degrees: float, rng: np.random.Generator
+) -> tuple[Image.Image, np.ndarray, float]:
+    """The canvas with the cut-out in it as `faults` say; returns the picture, the coverage (float32, 0..1, the
+    canvas's height and width) and the subject's long side as a share of the canvas's."""
+    placement = next(fault for fault in faults if fault in PLACEMENTS)
+    subject = _sized(cutout, canvas.size, placement, degrees + rng.uniform(-2, 2), rng)
+    share = max(subject.size) / max(canvas.size)
+    colour, alpha = _matched(subject, canvas)
+    short_side = min(canvas.size)
+    if "background_blurred" in faults:
+        sigma = min(0.015 * faults["background_blurred"], 0.035) * short_side
+        canvas = canvas.filter(ImageFilter.GaussianBlur(sigma))
+    layer = np.concatenate([colour * alpha[..., None], alpha[..., None]], -1)
+    if "subject_blurred" in faults:
+        sigma = min(0.012 * faults["subject_blurred"], 0.03) * short_side
+        layer = _blurred_layer(layer, sigma)
+    left, top = _position(layer[..., 3], canvas.size, placement, rng)
+    pixels = np.asarray(canvas).astype(np.float32) / 255
+    if rng.random() < 0.4:
+        pixels *= _contact_shadow(layer[..., 3], left, top, canvas.size, rng.uniform(0.25, 0.5))[..., None]
+    window, coverage = _window(layer, left, top, canvas.size), np.zeros(pixels.shape[:2], np.float32)
+    rows, columns = slice(max(top, 0), top + layer.shape[0]), slice(max(left, 0), left + layer.shape[1])
+    coverage[rows, columns] = window[..., 3]
+    pixels[rows, columns] *= 1 - window[..., 3:]
+    pixels[rows, columns] += window[..., :3]
+    return Image.fromarray(_to_bytes(pixels)), coverage, share
+
+
+def _sized(
+    cutout: Image.Image, size: tuple[int, int], placement: str, degrees: float, rng: np.random.Generator
+) -> Image.Image:
+    """The cut-out at 22-60 % of the canvas's long side, or more where it is so thin that it would hardly be seen, never
+    enlarged by more than 1.3; mirrored and turned."""
+    scale = rng.uniform(0.22, 0.6) * max(size) / max(cutout.size)
+    area = np.asarray(cutout.getchannel("A"))[::4, ::4].mean() / 255 * cutout.width * cutout.height
+    scale = max(scale, math.sqrt(SMALLEST_SUBJECT * size[0] * size[1] / max(area, 1)))
+    widest = 0.56 if "third" in placement else 0.8
+    scale = min(scale, 1.3, widest * size[0] / cutout.width, 0.82 * size[1] / cutout.height)
+    width, height = max(8, round(cutout.width * scale)), max(8, round(cutout.height * scale))
+    subject = cutout.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
+    if rng.random() < 0.5:
+        subject = subject.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    cos, sin = math.cos(math.radians(degrees)), abs(math.sin(math.radians(degrees)))
+    bounds = (math.ceil(width * cos + height * sin) + 4, math.ceil(width * sin + height * cos) + 4)
+    return turned(subject, degrees, bounds)
+
+
+def _matched(subject: Image.Image, canvas: Image.Image) -> tuple[np.ndarray, np.ndarray]:
+    """Colour (0..1) and soft-edged alpha of a cut-out whose light is moved toward the background's."""
+    colour = np.asarray(subject)[..., :3].astype(np.float32) / 255
+    alpha = np.asarray(subject.getchannel("A").filter(ImageFilter.GaussianBlur(1.0))).astype(np.float32) / 255
+    alpha = np.clip((alpha - 0.3) / 0.65, 0, 1)
+    inside, around = colour[alpha > 0.5], np.asarray(canvas)[::3, ::3].astype(np.float32) / 255
+    if not len(inside):
+        return colour, alpha
+    luma, luma_inside, luma_around = colour @ LUMA, inside @ LUMA, around @ LUMA
+    mean, mean_around = float(luma_inside.mean()), float(luma_around.mean())
+    factor = (float(luma_around.std()) + 0.02) / (float(luma_inside.std()) + 0.02)
+    toned = _contrast(luma, mean, float(np.clip(factor**0.5, 0.7, 1.4))) + 0.5 * (mean_around - mean)
+    chroma = colour - luma[..., None]
+    level = (_chroma_level(around) + 0.02) / (_chroma_level(inside) + 0.02)
+    chroma *= float(np.clip(level**0.4, 0.6, 1.5))
+    tint = (around - luma_around[..., None]).mean((0, 1)) - (inside - luma_inside[:, None]).mean(0)
+    chroma += 0.25 * tint
+    return np.clip(toned[..., None] + chroma, 0, 1), alpha
+
+
+def _blurred_layer(layer: np.ndarray, sigma: float) -> np.ndarray:
+    """A premultiplied layer out of focus, with room for its edges to spread."""
+    margin = math.ceil(2.5 * sigma)
+    padded = np.pad(layer, ((margin, margin), (margin, margin), (0, 0)))
+    # NOTE RGBA here is only four channels to Pillow's filter, which blurs each alone: right for premultiplied colour.
+    image = Image.fromarray(_to_bytes(padded), "RGBA").filter(ImageFilter.GaussianBlur(sigma))
+    return np.asarray(image).astype(np.float32) / 255
+
+
+def _position(alpha: np.ndarray, size: tuple[int, int], placement: str, rng: np.random.Generator) -> tuple[int, int]:
+    """Left and top of a layer on a canvas, by the middle of its visible part."""
+    columns, rows = alpha.max(0) > 0.3, alpha.max(1) > 0.3
+    first_x, last_x = int(columns.argmax()), len(columns) - int(columns[::-1].argmax())
+    first_y, last_y = int(rows.argmax()), len(rows) - int(rows[::-1].argmax())
+    weights = alpha.sum(0)
+    middle_x = float(weights @ np.arange(len(weights)) / weights.sum()) if "edge" not in placement else first_x
+    width, height = last_x - first_x, last_y - first_y
+    top = rng.uniform(0.42, 0.65) * size[1] - (first_y + last_y) / 2
+    top = min(max(top, 0.03 * size[1] - first_y), 0.98 * size[1] - last_y)
+    if placement == "subject_near_edge":
+        edge, outside = rng.choice(("left", "right", "bottom")), rng.uniform(0.15, 0.4)
+        if edge == "bottom":
+            left = rng.uniform(0.25, 0.75) * size[0] - (first_x + last_x) / 2
+            return round(min(max(left, -first_x), size[0] - last_x)), round(size[1] - (1 - outside) * height - first_y)
+        left = -outside * width if edge == "left" else size[0] - (1 - outside) * width
+        return round(left - first_x), round(top)
+    left = (PLACES[placement] + rng.uniform(-0.045, 0.045)) * size[0] - middle_x
+    return round(min(max(left, 2 - first_x), size[0] - 2 - last_x)), round(top)
+
+
+def _contact_shadow(alpha: np.ndarray, left: int, top: int, size: tuple[int, int], depth: float) -> np.ndarray:
+    """Factors (canvas height, width) that darken a soft ellipse under the layer's lower end."""
+    rows, columns = np.flatnonzero(alpha.max(1) > 0.3), np.flatnonzero(alpha.max(0) > 0.3)
+    if not len(rows):  # a thin cut-out, blurred away
+        return np.ones((size[1], size[0]), np.float32)
+    half = 0.5 * (columns[-1] - columns[0] + 1)
+    x = (np.arange(size[0], dtype=np.float32) - left - columns[0] - half) / (1.15 * half)
+    y = (np.arange(size[1], dtype=np.float32) - top - rows[-1]) / (0.2 * half + 3)
+    return 1 - depth * np.exp(-2 * x[None] ** 2 - 2 * y[:, None] ** 2)
+
+
+def _window(layer: np.ndarray, left: int, top: int, size: tuple[int, int]) -> np.ndarray:
+    """The part of the layer that lies on the canvas."""
+    return layer[max(0, -top) : size[1] - top, max(0, -left) : size[0] - left]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring and developing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Figures of a canvas before faults are added, in codes 0..1.
+
+    `corners` is the brightness of the brightest corner over that of the middle, `detail` the mean step between
+    neighbouring pixels, and `sharp_share` the share of the picture that has such steps: low in fog, in the sky and in
+    a background out of focus. `floor` is the step in the smoothest parts, where it is grain.
+    """
+
+    luma: float
+    spread: float
+    chroma: float
+    warmth: float
+    corners: float
+    detail: float
+    sharp_share: float
+    floor: float
+    hue: str
+    brightest: str
+
+
+def measure(canvas: Image.Image) -> Measures:
+    coarse = np.asarray(canvas)[::4, ::4].astype(np.float32) / 255
+    luma = coarse @ LUMA
+    rows = np.asarray(canvas.convert("L"))[::2].astype(np.int16)
+    steps = np.abs(rows[:, 1:] - rows[:, :-1])
+    height, width = steps.shape[0] // 8 * 8, steps.shape[1] // 16 * 16
+    blocks = steps[:height, :width].reshape(height // 8, 8, width // 16, 16).mean((1, 3)) / 255
+    height, width = luma.shape
+    ends_y, ends_x = (slice(height // 8), slice(-height // 8, None)), (slice(width // 8), slice(-width // 8, None))
+    brightest_corner = max(float(luma[y, x].mean()) for y in ends_y for x in ends_x)
+    middle = luma[height // 4 : -height // 4, width // 4 : -width // 4]
+    means = coarse.mean((0, 1))
+    return Measures(
+        luma=float(luma.mean()),
+        spread=float(luma.std()),
+        chroma=_chroma_level(coarse),
+        warmth=float(means[0] - means[2]),
+        corners=brightest_corner / (float(middle.mean()) + 1e-3),
+        detail=float(blocks.mean()),
+        sharp_share=float((blocks > 0.016).mean()),
+        floor=float(np.percentile(blocks, 8)),
+        hue=_leading_hue(coarse),
+        brightest=_brightest(luma),
+    )
+
+
+def _leading_hue(codes: np.ndarray) -> str:
+    """The family of hues that covers most of the picture, "" when none covers a good part of it."""
+    coloured = _largest(codes) - _smallest(codes) > 0.1
+    if coloured.mean() < 0.3:
+        return ""
+    red, green, blue = np.moveaxis(codes[coloured], -1, 0)
+    angle = np.degrees(np.arctan2(math.sqrt(3) * (green - blue), 2 * red - green - blue)) % 360
+    names = ("reds", "browns", "greens", "blues", "purples")
+    counts = np.bincount(np.searchsorted((18, 62, 165, 262, 335), angle) % 5, minlength=5)
+    first = int(counts.argmax())
+    return names[first] if counts[first] > 0.3 * coloured.size and counts[first] > 0.55 * counts.sum() else ""
+
+
+def _brightest(luma: np.ndarray) -> str:
+    """Which part of the picture is clearly brighter than the rest, "" when none is."""
+    height, width = luma.shape[0] // 3, luma.shape[1] // 3
+    parts = {"top": luma[:height], "bottom": luma[-height:], "left": luma[:, :width], "right": luma[:, -width:]}
+    parts["middle"] = luma[height:-height, width:-width]
+    name, part = max(parts.items(), key=lambda item: item[1].mean())
+    others = (luma.sum() - part.sum()) / max(1, luma.size - part.size)
+    return name if part.mean() - others > 0.13 else ""
+
+
+def unsure_faults(measures: Measures) -> set[str]:
+    """Faults that an unedited picture may be said to have by nature: neither present nor absent."""
+    extremes = {
+        "underexposed": measures.luma < 0.33,
+        "overexposed": measures.luma > 0.62,
+        "low_contrast": measures.spread < 0.14,
+        "high_contrast": measures.spread > 0.30,
+        "cool_cast": measures.warmth < -0.13,
+        "warm_cast": measures.warmth > 0.16,
+        "muted": measures.chroma < 0.07,
+        "oversaturated": measures.chroma > 0.38,
+        "blurred": measures.sharp_share < 0.2,
+        "noisy": measures.floor > 0.025,
+        "vignetting": measures.corners < 0.5,
+    }
+    return {fault for fault, extreme in extremes.items() if extreme}
+
+
+@dataclass(frozen=True)
+class Edits:
+    """The photometric edits of one picture: exposure in EV, contrast and saturation as factors, warmth as half the EV
+    between red and blue, vignette as EV lost in the corners, noise as standard deviation (share of full range)."""
+
+    exposure: float
+    contrast: float
+    warmth: float
+    tint: float
+    saturation: float
+    vignette: float
+    vignette_power: float
+    noise: float
+
+
+def draw_edits(faults: dict[str, float], measures: Measures, rng: np.random.Generator) -> Edits:
+    """The faults at their strengths; where there is none, the ordinary variation that nobody would call a fault."""
+    exposure = faults.get("overexposed", 0) - faults.get("underexposed", 0) or rng.uniform(-0.2, 0.2)
+    contrast = 1.6 ** faults.get("high_contrast", 0) * 0.6 ** faults.get("low_contrast", 0)
+    warmth = 0.5 * (faults.get("warm_cast", 0) - faults.get("cool_cast", 0)) or rng.uniform(-0.1, 0.1)
+    saturation = 2 ** faults.get("oversaturated", 0) * 0.4 ** faults.get("muted", 0)
+    # A crop of a normalised photograph is not quite at the normal level: part of the way back.
+    exposure += float(np.clip(1.3 * math.log2(MIDDLE_LUMA / max(measures.luma, 0.05)), -0.6, 0.6))
+    level = float(np.clip((USUAL_SPREAD / max(measures.spread, 0.05)) ** 0.5, 0.85, 1.25))
+    return Edits(
+        exposure=exposure,
+        contrast=level * (contrast if contrast != 1 else rng.uniform(0.92, 1.12)),
+        warmth=warmth,
+        tint=rng.uniform(-0.04, 0.04),
+        saturation=saturation if saturation != 1 else rng.uniform(0.8, 1.3),
+        vignette=faults.get("vignetting", 0) or rng.uniform(0, 0.2),
+        vignette_power=rng.uniform(2.0, 4.0),
+        noise=min(0.06 * faults.get("noisy", 0), 0.13) or max(0, rng.uniform(-0.008, 0.008)),
+    )
+
+
+def develop(canvas: Image.Image, edits: Edits, rng: np.random.Generator) -> Image.Image:
+    """Light falloff, exposure and white balance in linear light, then contrast, saturation and noise in codes."""
+    linear = TO_LINEAR[np.asarray(canvas)]
+    height, width = linear.shape[:2]
+    if edits.vignette > 0:
+        x, y = (np.linspace(-1, 1, count, dtype=np.float32) ** 2 / 2 for count in (width, height))
+        falloff = np.exp2(-edits.vignette * (x[None] + y[:, None]) ** (edits.vignette_power / 2))
+        linear *= falloff[..., None]
+    gains = np.exp2([edits.warmth, edits.tint, -edits.warmth])
+    means = linear[::4, ::4].mean((0, 1))
+    gains *= (means @ LUMA) / (gains * means @ LUMA + 1e-6)  # a cast alone leaves the brightness as it is
+    linear *= (gains * 2**edits.exposure).astype(np.float32)
+    codes = _to_code(linear)
+    luma = codes @ LUMA
+    mean = float(luma.mean())
+    codes -= luma[..., None]
+    # A flatter curve takes some colour with it and a steeper one adds some, but little: saturation is another fault.
+    codes *= edits.saturation * edits.contrast**0.3
+    luma = mean + (luma - mean) * edits.contrast
+    codes += luma[..., None]
+    if edits.noise > 0:
+        codes += _grain(height, width, edits.noise, rng)
+    return Image.fromarray(_to_bytes(codes))
+
+
+def _grain(height: int, width: int, sigma: float, rng: np.random.Generator) -> np.ndarray:
+    """Noise of one or of three channels; some is coarser than a pixel, as a camera's own processing leaves it."""
+    channels = 1 if rng.random() < 0.5 or sigma < 0.01 else 3
+    grain = rng.standard_normal((height, width, channels), dtype=np.float32)
+    if sigma > 0.02 and rng.random() < 0.35:
+        grain[1:] += 0.6 * grain[:-1]
+        grain[:, 1:] += 0.6 * grain[:, :-1]
+        grain /= 1.36
+    grain *= sigma
+    return grain
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_sample(index: int, split: str, seed: int, sources: LoadedSources, **options: Any) -> dict[str, Any]:
+    """One sample, the same for the same (seed, split, index): a picture and what is true of it.
+
+    image: PIL RGB. caption, references: text, and five phrasings of the same truth (the caption is the first).
+    aspect_labels: 18 floats in the order of FAULTS, 1 present, 0 absent, -1 unknown or not applicable.
+    rating: shares of the ratings 1..10. saliency: float32 (32, 32), the subject's coverage of the whole picture,
+    squashed to a square, all zeros where there is no truth. composite, source, cutout: how it was made.
+    strengths: fault -> strength as a multiple of the least that counts as a fault.
+    `options` are those of `encode_sample`.
+    """
+    return _decoded(encode_sample(index, split, seed, sources, **options))
+
+
+def encode_sample(
+    index: int,
+    split: str,
+    seed: int,
+    sources: LoadedSources,
+    *,
+    long_side: int = 320,
+    fault_probability: float = 0.22,
+    strength: tuple[float, float] = (1.0, 2.5),
+    composite_share: float = 0.5,
+    natural_share: float = 0.15,
+) -> dict[str, Any]:
+    """`make_sample` with the picture as JPEG bytes, the map as lists and the strengths in the order of FAULTS.
+
+    long_side: of the picture, in pixels. fault_probability: of a fault in each photometric aspect. strength: least and
+    greatest multiple of the least fault. composite_share: of samples with a cut-out as their subject. natural_share:
+    of samples that are photographs as they were taken, without any edit.
+    """
+    rng = np.random.default_rng([seed, index, int.from_bytes(hashlib.sha256(split.encode()).digest()[:4], "big")])
+    kind = rng.random()
+    composite, natural = kind < composite_share, kind >= 1 - natural_share
+    faults = draw_faults(rng, probability=0 if natural else fault_probability, strength=strength, composite=composite)
+    pool = sources.backgrounds if composite else sources.photos
+    photo = pool[int(rng.integers(len(pool)))]
+    framing = draw_framing(photo, _draw_tilt(faults, natural, rng), long_side, rng)
+    canvas = framing.render(photo.raw if natural else photo.normal)
+    scene = (_pasted if composite else _plain)(canvas, photo, framing, faults, sources, rng)
+    unsure = unsure_faults(scene.measures)
+    _drop_hidden(faults, unsure)
+    canvas = scene.canvas
+    if not natural:
+        sigma = min(canvas.size) * (0.01 * faults["blurred"] if "blurred" in faults else rng.uniform(0, 0.0025))
+        canvas = canvas.filter(ImageFilter.GaussianBlur(sigma)) if sigma > 0.3 else canvas
+        canvas = develop(canvas, draw_edits(faults, scene.measures, rng), rng)
+    labels = aspect_labels(faults, unsure, subject=scene.placement_known, depth=scene.depth_known)
+    references = _phrasings(_truth(faults, labels, scene), rng)
+    return {
+        "image": {"bytes": _jpeg(canvas, rng), "path": None},
+        "caption": references[0],
+        "references": references,
+        "aspect_labels": labels,
+        "rating": rating_distribution(faults, len(unsure - faults.keys()), rng),
+        "saliency": scene.saliency.astype(np.float32).tolist(),
+        "composite": bool(composite),
+        "source": photo.id,
+        "cutout": scene.cutout,
+        "strengths": [float(faults.get(fault, 0)) for fault in FAULTS],
+    }
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture before its photometric faults and what is known of its subject; `share` is the subject's long side as
+    a share of the picture's (0 for unknown)."""
+
+    canvas: Image.Image
+    measures: Measures
+    saliency: np.ndarray
+    placement_known: bool
+    depth_known: bool = False
+    cutout: str = ""
+    share: float = 0.0
+
+
+def _plain(
+    canvas: Image.Image,
+    photo: Photo,
+    framing: Framing,
+    faults: dict[str, float],
+    sources: LoadedSources,
+    rng: np.random.Generator,
+) -> Scene:
+    """A photograph as it is, with its own subject where that is known."""
+    placement, saliency = "", np.zeros((MAP_SIZE, MAP_SIZE), np.float32)
+    if photo.box is not None:
+        placement, seen = box_placement(photo, framing)
+        saliency = box_map(photo, framing) if seen > 0.55 else saliency
+    if placement:
+        faults[placement] = 1.0
+    limit_drawbacks(faults, rng)
+    return Scene(canvas, measure(canvas), saliency, placement_known=bool(placement))
+
+
+def _pasted(
+    canvas: Image.Image,
+    photo: Photo,
+    framing: Framing,
+    faults: dict[str, float],
+    sources: LoadedSources,
+    rng: np.random.Generator,
+) -> Scene:
+    """A photograph with a cut-out as its subject."""
+    limit_drawbacks(faults, rng)
+    behind = measure(canvas)
+    # A background that is out of focus by nature has no depth that could be told.
+    depth_known = behind.sharp_share > 0.35
+    if not depth_known:
+        for fault in DEPTHS:
+            faults.pop(fault, None)
+    name, picture = sources.cutouts[int(rng.integers(len(sources.cutouts)))]
+    canvas, coverage, share = place_cutout(canvas, picture, faults, framing.degrees, rng)
+    # What blurs the background for depth must not count as a want of detail.
+    measures = replace(measure(canvas), detail=behind.detail, sharp_share=behind.sharp_share, floor=behind.floor)
+    return Scene(canvas, measures, _squashed(coverage), True, depth_known, name, share)
+
+
+def _draw_tilt(faults: dict[str, float], natural: bool, rng: np.random.Generator) -> float:
+    """Degrees to turn the picture by: at least 5 for a fault, at most one else."""
+    side, jitter = rng.choice((-1.0, 1.0)), rng.uniform(-1, 1)
+    if "tilted" in faults:
+        return side * min(5 * faults["tilted"], 14)
+    return 0.0 if natural else side * max(0.0, jitter)
+
+
+def _drop_hidden(faults: dict[str, float], unsure: set[str]) -> None:
+    """Takes out faults that this picture would not show, or whose opposite it has by nature."""
+    for aspect in ("exposure", "contrast", "white_balance"):
+        one, other = ASPECT_FAULTS[aspect]
+        if one in unsure:
+            faults.pop(other, None)
+        if other in unsure:
+            faults.pop(one, None)
+    if "muted" in unsure:
+        faults.pop("oversaturated", None)
+    if {"muted", "oversaturated"} & unsure:
+        faults.pop("muted", None)
+    for fault in {"blurred", "vignetting"} & unsure:
+        faults.pop(fault, None)
+
+
+def aspect_labels(faults: dict[str, float], unsure: set[str], *, subject: bool, depth: bool) -> list[float]:
+    """1 present, 0 absent, -1 unknown, in the order of FAULTS; without a subject its placement is unknown, and without
+    a cut-out of known focus the depth."""
+    labels = []
+    for aspect, names in ASPECT_FAULTS.items():
+        known = {"placement": subject, "depth": depth}.get(aspect, True)
+        corrected = any(name in faults for name in names)
+        for name in names:
+            unknown = not known or (name in unsure and not corrected)
+            labels.append(1.0 if name in faults else -1.0 if unknown else 0.0)
+    return labels
+
+
+def _truth(faults: dict[str, float], labels: list[float], scene: Scene) -> Truth:
+    known, measures, share = dict(zip(FAULTS, labels)), scene.measures, scene.share
+    fine = {aspect for aspect in PHOTOMETRIC if all(known[fault] == 0 for fault in ASPECT_FAULTS[aspect])}
+    size = "" if not share else "small" if share < 0.32 else "large" if share > 0.48 else ""
+    texture = "busy" if measures.detail > 0.042 else "calm" if measures.detail < 0.016 else ""
+    return Truth(
+        faults={fault: faults[fault] for fault in FAULTS if fault in faults},
+        fine=frozenset(fine),
+        hue=measures.hue,
+        brightest="" if measures.brightest == "middle" and "vignetting" not in fine else measures.brightest,
+        texture="" if "background_blurred" in faults else texture,
+        size=size,
+    )
+
+
+def _phrasings(truth: Truth, rng: np.random.Generator, count: int = 5) -> list[str]:
+    texts: list[str] = []
+    tries = 0
+    while len(texts) < count:
+        text, tries = compose_caption(truth, rng), tries + 1
+        if text not in texts and (len(text.split()) <= MAX_WORDS or tries > 50):
+            texts.append(text)
+    return texts
+
+
+def _squashed(coverage: np.ndarray) -> np.ndarray:
+    return np.asarray(Image.fromarray(coverage).resize((MAP_SIZE, MAP_SIZE), Image.Resampling.BOX))
+
+
+def _jpeg(image: Image.Image, rng: np.random.Generator) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=int(rng.integers(80, 98)), subsampling=int(rng.choice((0, 2))))
+    return buffer.getvalue()
+
+
+def _decoded(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as `encode_sample` makes it or the pool stores it, with its picture and arrays ready for use."""
+    image = row["image"]
+    if isinstance(image, dict):
+        image = Image.open(io.BytesIO(image["bytes"]))
+    strengths = {fault: value for fault, value in zip(FAULTS, row["strengths"], strict=True) if value > 0}
+    return row | {
+        "image": image.convert("RGB"),
+        "saliency": np.asarray(row["saliency"], np.float32),
+        "strengths": strengths,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data sets
+# ---------------------------------------------------------------------------------------------------------------------
+
+FEATURES = datasets.Features(
+    {
+        "image": datasets.Image(),
+        "caption": datasets.Value("string"),
+        "references": datasets.List(datasets.Value("string")),
+        "aspect_labels": datasets.List(datasets.Value("float32")),
+        "rating": datasets.List(datasets.Value("float64")),
+        "saliency": datasets.List(datasets.List(datasets.Value("float32"))),
+        "composite": datasets.Value("bool"),
+        "source": datasets.Value("string"),
+        "cutout": datasets.Value("string"),
+        "strengths": datasets.List(datasets.Value("float64")),
+    }
+)
+
+
+def critique_dataset(
+    split: str, num_samples: int, seed: int = 0, sources: LoadedSources | None = None, **options: Any
+) -> datasets.Dataset:
+    """The samples 0..num_samples-1 of a split, each made when it is read; `options` are those of `encode_sample`."""
+    make = functools.partial(_make_row, split=split, seed=seed, sources=sources or load_sources(split), **options)
+    rows = datasets.Dataset.from_dict({"index": list(range(num_samples))})
+    return rows.with_transform(functools.partial(_by_row, function=make))
+
+
+def critique_pool(
+    split: str,
+    num_samples: int,
+    seed: int = 0,
+    sources: LoadedSources | None = None,
+    *,
+    num_proc: int | None = None,
+    cache_dir: str | None = None,
+    **options: Any,
+) -> datasets.Dataset:
+    """The same samples as `critique_dataset` gives, made once by `num_proc` processes and kept in an Arrow cache."""
+    sources = sources or load_sources(split)
+    code = hashlib.sha256(sources.listing.read_bytes())
+    for path in (Path(__file__), Path(__file__).with_name("critique_captions.py")):
+        code.update(path.read_bytes())
+    rows = datasets.Dataset.from_generator(
+        _rows,
+        features=FEATURES,
+        cache_dir=cache_dir,
+        num_proc=num_proc,
+        gen_kwargs={"indices": list(range(num_samples)), "split": split, "seed": seed, "sources": sources,
+                    "options": options, "code": code.hexdigest()},
+    )  # fmt: skip
+    return rows.with_transform(functools.partial(_by_row, function=_decoded))
+
+
+def _rows(indices: list[int], split: str, seed: int, sources: LoadedSources, options: dict[str, Any], code: str):
+    """`code` is not used: it is part of the cache's key, so that an edited generator does not find old samples."""
+    for index in indices:
+        yield encode_sample(index, split, seed, sources, **options)
+
+
+def _by_row(batch: dict[str, list], function: Callable[[dict], dict[str, Any]]) -> dict[str, list]:
+    """Calls `function` on each row of a batch (dict of lists) and makes a batch of what it returns."""
+    rows = [function(dict(zip(batch, values, strict=True))) for values in zip(*batch.values(), strict=True)]
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def _make_row(row: dict[str, int], **arguments: Any) -> dict[str, Any]:
+    return make_sample(row["index"], **arguments)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Looking at it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def contact_sheet(samples: list[dict[str, Any]], columns: int = 4) -> Image.Image:
+    """Samples with their captions, labels and subject outlines on one picture."""
+    width, height = 340, 490
+    sheet = Image.new("RGB", (columns * width, math.ceil(len(samples) / columns) * height), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for number, sample in enumerate(samples):
+        left, top = number % columns * width, number // columns * height
+        sheet.paste(sample["image"], (left + 10, top + 5))
+        mean = sum(share * rating for rating, share in enumerate(sample["rating"], 1))
+        strengths = ", ".join(f"{fault} {strength:.1f}" for fault, strength in sample["strengths"].items())
+        lines = textwrap.wrap(f"[{mean:.1f}] {strengths or 'no fault'}", 54) + textwrap.wrap(sample["caption"], 50)
+        draw.multiline_text((left + 10, top + 330), "\n".join(lines), "black", font)
+        if sample["saliency"].any():
+            seen = Image.fromarray((sample["saliency"] * 255).astype(np.uint8))
+            sheet.paste(seen.resize((48, 48)), (left + width - 58, top + 278))
+    return sheet
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--split", default="train", choices=("train", "test"))
+    parser.add_argument("--num-samples", type=int, default=24)
+    parser.add_argument("--start", type=int, default=0, help="index of the first sample")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sources", type=Path, help="folder with photos/ and cutouts/")
+    parser.add_argument("--out", type=Path, default=Path("contact_sheet.png"))
+    args = parser.parse_args()
+    sources = load_sources(args.split, args.sources)
+    samples = [make_sample(args.start + i, args.split, args.seed, sources) for i in range(args.num_samples)]
+    contact_sheet(samples).save(args.out)
+    pool = f"{len(sources.photos)} photographs and {len(sources.cutouts)} cut-outs"
+    print(f"{len(samples)} samples from {pool}: {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""
+Measures the bundled model on held-out photographs and cut-outs, and writes the figures into its model card.
+
+    python examples/evaluate_ase_mini.py                                   # the card's figures, about ten minutes on a CPU
+    python examples/evaluate_ase_mini.py --samples 40 --no-card            # a look
+
+The pictures come from the critique generator's test split, so no photograph and no cut-out was seen in training. Needs
+the extra `evaluation`. Two sets are measured: faults "from the least strength that counts up" (as in training) and faults
+"at the least strength". What a caption names is read from its words by `critique_data.named_faults`.
+"""
+
+import argparse
+import json
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from critique_data import ASPECT_FAULTS, FAULTS, critique_dataset, load_sources, named_faults
+from huggingface_hub import EvalResult, ModelCard
+from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.rouge.rouge import Rouge
+from scipy.stats import rankdata, spearmanr
+from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import ase_mllm  # noqa: F401  (registers the Auto classes)
+
+
+BUNDLE = Path(__file__).parent / "ase-mini"
+SETS = {"from the least strength up": (1.0, 2.5), "at the least strength": (1.0, 1.0)}
+APART = ("level", "placement")  # reported beside the macro average, not in it
+PROTOCOL = "all five references; lower-case words, no punctuation; pycocoevalcap"
+
+
+@torch.inference_mode()
+def caption_set(model, processor, rows, batch_size: int) -> tuple[dict, float]:
+    """Captions, scores, maps and truths of all rows, and generated tokens per second."""
+    found = {name: [] for name in ("caption", "references", "labels", "score", "rating", "map", "mask")}
+    tokens, seconds = 0, 0.0
+    prompt = processor.critique_prompt()
+    for start in tqdm(range(0, len(rows), batch_size)):
+        batch = [rows[index] for index in range(start, min(start + batch_size, len(rows)))]
+        inputs = processor(images=[row["image"] for row in batch], text=[prompt] * len(batch), padding=True, return_tensors="pt")
+        began = time.perf_counter()
+        features = model.get_image_features(pixel_values=inputs.pop("pixel_values"))
+        ids = model.generate(**inputs, mm_encoder_outputs={"image": features})
+        seconds += time.perf_counter() - began
+        answers = ids[:, inputs["input_ids"].shape[1] :]
+        tokens += int((answers != processor.tokenizer.pad_token_id).sum())
+        found["caption"] += processor.batch_decode(answers, skip_special_tokens=True)
+        found["score"] += [score["mean"] for score in processor.post_process_scores(features)]
+        found["map"] += list(torch.nn.functional.interpolate(features.saliency_maps[:, None], (32, 32), mode="bilinear")[:, 0].numpy())
+        for row in batch:
+            found["references"].append(row["references"])
+            found["labels"].append(dict(zip(FAULTS, row["aspect_labels"])))
+            found["rating"].append(float(np.dot(row["rating"], np.arange(1, 11))))
+            found["mask"].append(np.asarray(row["saliency"], dtype=np.float32))
+    return found, tokens / seconds
+
+
+def fault_rates(captions: list[str], labels: list[dict[str, float]]) -> dict[str, tuple[float, float, int]]:
+    """Per aspect: share of present faults that are named, share of pictures without one where one is named, faults."""
+    named = [named_faults(caption) for caption in captions]
+    rates = {}
+    for aspect, faults in ASPECT_FAULTS.items():
+        hits = [fault in names for names, truth in zip(named, labels) for fault in faults if truth[fault] == 1]
+        clean = [
+            bool(names & set(faults)) for names, truth in zip(named, labels) if all(truth[fault] == 0 for fault in faults)
+        ]
+        rates[aspect] = (_mean(hits), _mean(clean), len(hits))
+    return rates
+
+
+def text_scores(captions: list[str], references: list[list[str]]) -> dict[str, float]:
+    """CIDEr, BLEU-4 and ROUGE-L by `PROTOCOL`."""
+    answers = {i: [_words(caption)] for i, caption in enumerate(captions)}
+    truths = {i: [_words(text) for text in texts] for i, texts in enumerate(references)}
+    return {
+        "CIDEr": float(Cider().compute_score(truths, answers)[0]),
+        "BLEU-4": float(Bleu(4).compute_score(truths, answers, verbose=0)[0][3]),
+        "ROUGE-L": float(Rouge().compute_score(truths, answers)[0]),
+    }
+
+
+def _words(text: str) -> str:
+    return " ".join(re.findall(r"[a-z0-9'-]+", text.lower()))
+
+
+def _mean(values: list) -> float:
+    return float(np.mean(values)) if values else float("nan")
+
+
+def saliency_scores(maps: list[np.ndarray], masks: list[np.ndarray]) -> dict[str, float]:
+    """CC, NSS and AUC against subject masks; the positions that the subject covers by half count as looked at."""
+    rows = []
+    for saliency, mask in zip(maps, masks):
+        looked_at = mask.ravel() > 0.5
+        if 0 < looked_at.sum() < looked_at.size:
+            values = saliency.ravel()
+            ranks = rankdata(values)[looked_at]
+            hits, misses = looked_at.sum(), (~looked_at).sum()
+            area = (ranks.sum() - hits * (hits + 1) / 2) / (hits * misses)
+            normed = (values - values.mean()) / (values.std() + 1e-9)
+            rows.append((np.corrcoef(values, mask.ravel())[0, 1], normed[looked_at].mean(), area))
+    return dict(zip(("CC", "NSS", "AUC"), np.mean(rows, axis=0).tolist())) | {"pictures": len(rows)}
+
+
+def centre_bias(masks: list[np.ndarray], centre: np.ndarray) -> dict[str, float]:
+    return saliency_scores([centre] * len(masks), masks)
+
+
+def measure(model, processor, split_rows: dict, train_rows, batch_size: int) -> dict:
+    """All figures, by set."""
+    centre = np.mean([np.asarray(train_rows[i]["saliency"]) for i in range(len(train_rows))], axis=0)
+    figures = {}
+    for name, rows in split_rows.items():
+        found, speed = caption_set(model, processor, rows, batch_size)
+        rates = fault_rates(found["caption"], found["labels"])
+        macro = [rates[aspect] for aspect in ASPECT_FAULTS if aspect not in APART]
+        shuffled = found["references"][1:] + found["references"][:1]  # rows are independent: the next is a wrong photo
+        figures[name] = {
+            "pictures": len(rows),
+            "aspects": rates,
+            "macro recall": _mean([recall for recall, _, _ in macro]),
+            "largest false alarm": max(alarm for _, alarm, _ in macro),
+            "text": text_scores(found["caption"], found["references"]),
+            "wrong photo": text_scores(found["caption"], shuffled),
+            "length ratio": _mean([len(_words(c).split()) for c in found["caption"]])
+            / _mean([len(_words(r).split()) for texts in found["references"] for r in texts]),
+            "SRCC": float(spearmanr(found["score"], found["rating"]).statistic),
+            "saliency": saliency_scores(found["map"], found["mask"]),
+            "centre bias": centre_bias(found["mask"], centre),
+            "tokens per second": speed,
+        }
+    return figures
+
+
+def as_markdown(figures: dict) -> str:
+    """The card's tables."""
+    names = list(figures)
+    lines = ["| aspect | " + " | ".join(f"recall, {n} | false alarms | faults" for n in names) + " |"]
+    lines.append("|---" * (1 + 3 * len(names)) + "|")
+    for aspect in ASPECT_FAULTS:
+        cells = [f"{r:.0%} | {a:.1%} | {n}" for r, a, n in (figures[name]["aspects"][aspect] for name in names)]
+        lines.append(f"| {aspect.replace('_', ' ')} | " + " | ".join(cells).replace("nan%", "-") + " |")
+    macro = [f"{figures[n]['macro recall']:.0%} | at most {figures[n]['largest false alarm']:.1%} | " for n in names]
+    lines += ["| **macro** (without level and placement) | " + " | ".join(macro) + " |", ""]
+    lines += ["| figure | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
+    for metric in ("CIDEr", "BLEU-4", "ROUGE-L"):
+        cells = [f"{figures[n]['text'][metric]:.3f} (wrong photo {figures[n]['wrong photo'][metric]:.3f})" for n in names]
+        lines.append(f"| {metric} | " + " | ".join(cells) + " |")
+    lines.append("| caption length / reference length | " + " | ".join(f"{figures[n]['length ratio']:.2f}" for n in names) + " |")
+    lines.append("| score SRCC | " + " | ".join(f"{figures[n]['SRCC']:.3f}" for n in names) + " |")
+    for metric in ("AUC", "NSS", "CC"):
+        cells = [f"{figures[n]['saliency'][metric]:.3f} (centre bias {figures[n]['centre bias'][metric]:.3f})" for n in names]
+        lines.append(f"| saliency {metric} | " + " | ".join(cells) + " |")
+    lines.append("| generated tokens per second | " + " | ".join(f"{figures[n]['tokens per second']:.0f}" for n in names) + " |")
+    pictures = ", ".join(f"{figures[n]['pictures']} pictures {n}" for n in names)
+    return "\n".join(lines) + f"\n\nText metrics: {PROTOCOL}. Measured on {pictures}; speed on {torch.get_num_threads()} CPU thread(s)."
+
+
+def write_card(path: Path, figures: dict) -> None:
+    """Puts the tables between the card's markers and the main figures into its metadata."""
+    card = ModelCard.load(path)
+    begin, end = "<!-- figures: begin -->", "<!-- figures: end -->"
+    before, rest = card.text.split(begin)
+    card.text = f"{before}{begin}\n{as_markdown(figures)}\n{end}{rest.split(end)[1]}"
+    name, measured = next(iter(figures.items()))
+    values = {
+        "macro fault recall": measured["macro recall"],
+        "CIDEr": measured["text"]["CIDEr"],
+        "BLEU-4": measured["text"]["BLEU-4"],
+        "ROUGE-L": measured["text"]["ROUGE-L"],
+        "score SRCC": measured["SRCC"],
+        "saliency AUC": measured["saliency"]["AUC"],
+    }
+    card.data.model_name = "ase-mini"
+    card.data.eval_results = [
+        EvalResult(
+            task_type="image-text-to-text",
+            dataset_type="critique-generator",
+            dataset_name=f"critique generator, held-out sources, {name}",
+            dataset_split="test",
+            metric_type=metric.replace(" ", "_").lower(),
+            metric_name=metric,
+            metric_value=round(value, 4),
+        )
+        for metric, value in values.items()
+    ]
+    card.save(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(BUNDLE))
+    parser.add_argument("--samples", type=int, default=1000, help="pictures of each set")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--sources", type=Path, help="folder with the photographs and cut-outs")
+    parser.add_argument("--json", type=Path, help="also write all figures to this file")
+    parser.add_argument("--card", action=argparse.BooleanOptionalAction, default=True, help="write into the model card")
+    args = parser.parse_args()
+
+    # Model
+    processor = AutoProcessor.from_pretrained(args.model)
+    model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=torch.float32).eval()
+
+    # Data
+    test, train = load_sources("test", args.sources), load_sources("train", args.sources)
+    rows = {
+        name: critique_dataset("test", args.samples, seed=args.seed, sources=test, strength=strength)
+        for name, strength in SETS.items()
+    }
+    train_rows = critique_dataset("train", min(args.samples, 500), seed=args.seed, sources=train)
+
+    # Run
+    figures = measure(model, processor, rows, train_rows, args.batch_size)
+    print(as_markdown(figures))
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+    if args.card:
+        write_card(Path(args.model) / "README.md", figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,295 @@
+"""
+Trains the bundled model `examples/ase-mini` from nothing but the critique generator, with the standard `Trainer`.
+
+    python examples/train_ase_mini.py --stage all          # a few hours on two cores, minutes of work on a GPU
+    python examples/train_ase_mini.py --stage all --samples 64 --work /tmp/work --out /tmp/ase-mini    # a look at the machinery
+
+Stages (each starts from what the one before left in `--work`):
+    iasm      the saliency module alone: aspects, ratings, saliency maps
+    language  the language model alone: the wording of critiques, no pictures
+    critique  the whole model on captions, the saliency module frozen: the fusion and the language model learn to read it
+    joint     the whole model end to end with all loss terms
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from critique_data import FAULTS, LoadedSources, critique_dataset, critique_pool, load_sources
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from ase_mllm import ASEDataCollator, ASEForConditionalGeneration, ASEProcessor, IASMConfig
+
+
+BUNDLE = Path(__file__).parent / "ase-mini"
+IMAGE_SIZE, PATCH_SIZE = 192, 32
+STAGES = ("iasm", "language", "critique", "joint")
+SAMPLES = {"iasm": 90_000, "language": 40_000, "critique": 45_000, "joint": 25_000}
+LEARNING_RATES = {"iasm": 1.5e-3, "language": 1e-3, "critique": 1e-3, "joint": 4e-4}
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}{% for item in message['content'] %}"
+    "{% if item['type'] == 'image' %}<image>{% else %}{{ item['text'] }}{% endif %}{% endfor %}\n"
+    "{% else %}{% generation %}{{ message['content'] if message['content'] is string else message['content'][0]['text'] }}"
+    "</s>{% endgeneration %}{% endif %}{% endfor %}"
+)
+
+
+def build_processor(captions: list[str]) -> ASEProcessor:
+    """A byte-level BPE tokenizer of the captions' words, and pictures squashed to a square: nothing is cropped off."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<s>", "</s>", "<image>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000, min_frequency=3, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(captions, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        extra_special_tokens={"image_token": "<image>"},
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_max_length=512,
+    )
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    base = LlavaProcessor(
+        CLIPImageProcessor(size=size, do_center_crop=False, crop_size=size),
+        fast,
+        patch_size=PATCH_SIZE,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+    return ASEProcessor(base, aspect_names=FAULTS)
+
+
+def build_model(processor: ASEProcessor) -> ASEForConditionalGeneration:
+    """A small LLaVA with the saliency branch. Its gates start open: an untrained base has nothing to preserve."""
+    tokenizer = processor.tokenizer
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=192,
+            intermediate_size=768,
+            num_hidden_layers=3,
+            num_attention_heads=6,
+            image_size=IMAGE_SIZE,
+            patch_size=PATCH_SIZE,
+        ),
+        text_config=LlamaConfig(
+            hidden_size=192,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=6,
+            num_key_value_heads=6,
+            vocab_size=len(tokenizer),
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        ),
+        image_token_index=processor.image_token_id,
+        image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,
+        vision_feature_layer=-1,
+        tie_word_embeddings=True,
+    )
+    iasm_config = IASMConfig(
+        backbone_config={
+            "model_type": "convnextv2",
+            "hidden_sizes": [24, 48, 96, 128],
+            "depths": [1, 1, 2, 1],
+            "out_features": ["stage1", "stage2", "stage3", "stage4"],
+        },
+        image_size=IMAGE_SIZE,
+        image_mean=processor.image_processor.image_mean,
+        image_std=processor.image_processor.image_std,
+        hidden_size=128,
+        num_attention_heads=4,
+        aspect_names=list(FAULTS),
+        score_loss_weight=5.0,
+        saliency_loss_weight=0.3,
+        aspect_loss_weight=3.0,
+    )
+    model = ASEForConditionalGeneration.from_mllm_pretrained(
+        LlavaForConditionalGeneration(config),
+        iasm_config=iasm_config,
+        fusion_layers=[0, 1, 2],
+        fusion_hidden_size=192,
+        fusion_num_attention_heads=12,
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith("model.fusions.") and name.endswith("gate"):
+                parameter.fill_(1.0)
+    model.generation_config.update(
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        max_new_tokens=128,
+        do_sample=False,
+    )
+    return model
+
+
+class SaliencyCollator:
+    """Pictures and truth for the saliency module alone."""
+
+    def __init__(self, processor: ASEProcessor):
+        self.processor = processor
+
+    def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
+        images = [example["image"] for example in examples]
+        return {
+            "pixel_values": self.processor.image_processor(images, return_tensors="pt")["pixel_values"],
+            "rating_targets": torch.tensor([example["rating"] for example in examples]),
+            "saliency_targets": torch.stack([torch.as_tensor(example["saliency"]) for example in examples]),
+            "aspect_targets": torch.tensor([example["aspect_labels"] for example in examples]),
+        }
+
+
+class LanguageCollator:
+    """Captions after the bare prompt, for the language model alone; labels on the caption."""
+
+    def __init__(self, processor: ASEProcessor):
+        self.tokenizer = processor.tokenizer
+        self.prompt = self.tokenizer(processor.critique_prompt().replace(processor.image_token, ""))["input_ids"]
+
+    def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
+        captions = self.tokenizer([example["caption"] for example in examples])["input_ids"]
+        rows = [self.prompt + caption + [self.tokenizer.eos_token_id] for caption in captions]
+        length = max(map(len, rows))
+        ids = torch.tensor([row + [self.tokenizer.pad_token_id] * (length - len(row)) for row in rows])
+        labels = torch.where(ids == self.tokenizer.pad_token_id, -100, ids)
+        labels[:, : len(self.prompt)] = -100
+        return {"input_ids": ids, "attention_mask": (ids != self.tokenizer.pad_token_id).long(), "labels": labels}
+
+
+def parameter_groups(model: torch.nn.Module, learning_rate: float) -> list[dict]:
+    """No weight decay on vectors; the gates ten times as fast; a trained saliency module slower than the rest."""
+    groups = {"matrices": [], "vectors": [], "gates": [], "iasm": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            key = "matrices" if parameter.ndim > 1 else "vectors"
+            key = "iasm" if name.startswith("model.iasm.") else "gates" if name.endswith("gate") else key
+            groups[key].append(parameter)
+    rates = {"gates": learning_rate * 10, "iasm": learning_rate * 0.5}
+    decay = {"matrices": 0.05, "iasm": 0.02}
+    return [
+        {"params": parameters, "lr": rates.get(key, learning_rate), "weight_decay": decay.get(key, 0.0)}
+        for key, parameters in groups.items()
+        if parameters
+    ]
+
+
+def training_rows(stage: str, num_samples: int, sources: LoadedSources, args) -> Dataset:
+    """Every picture is new: each stage has a seed of its own. With `--pool`, that many are made first and come round."""
+    if not args.pool:
+        return critique_dataset("train", num_samples, seed=args.seed + STAGES.index(stage), sources=sources)
+    return critique_pool("train", args.pool, seed=args.seed, sources=sources, num_proc=args.workers or None)
+
+
+def train_stage(stage: str, model: ASEForConditionalGeneration, processor: ASEProcessor, sources, args) -> None:
+    """One run of the `Trainer`; it resumes by itself from the last checkpoint of an interrupted run."""
+    module, collator = {
+        "iasm": (model.model.iasm, SaliencyCollator(processor)),
+        "language": (model.model.mllm, LanguageCollator(processor)),
+    }.get(stage, (model, ASEDataCollator(processor)))
+    model.requires_grad_(True)
+    if stage == "critique":
+        model.model.iasm.requires_grad_(False)
+    samples = args.samples or SAMPLES[stage]
+    learning_rate = LEARNING_RATES[stage]
+    folder = args.work / f"{stage}-checkpoints"
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=max(1, samples // args.batch_size),
+        per_device_train_batch_size=args.batch_size,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=min(200, samples // args.batch_size // 10),
+        adam_beta2=0.98,
+        max_grad_norm=1.0,
+        logging_steps=50,
+        save_steps=1000,
+        save_total_limit=1,
+        dataloader_num_workers=args.workers,
+        dataloader_persistent_workers=args.workers > 0,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        report_to="none",
+        seed=args.seed,
+    )
+    optimizer = torch.optim.AdamW(parameter_groups(module, learning_rate), betas=(0.9, 0.98))
+    trainer = Trainer(
+        module,
+        arguments,
+        train_dataset=training_rows(stage, samples, sources, args),
+        data_collator=collator,
+        optimizers=(optimizer, None),
+    )
+    trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
+    (args.work / f"{stage}.json").write_text(json.dumps(trainer.state.log_history), encoding="utf-8")
+
+
+def save_bundle(model: ASEForConditionalGeneration, processor: ASEProcessor, out: Path) -> None:
+    """The folder as the Hub lays it out; the model card beside it is written by hand and by the evaluation."""
+    model.save_pretrained(out)
+    processor.save_pretrained(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", choices=(*STAGES, "all"), default="all")
+    parser.add_argument("--samples", type=int, help="samples seen in each stage (default: as the bundled model)")
+    parser.add_argument("--pool", type=int, help="make this many pictures first instead of each when it is read")
+    parser.add_argument("--vocabulary-samples", type=int, default=2000, help="pictures whose captions make the tokenizer")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--workers", type=int, default=1, help="processes that load pictures beside the training")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sources", type=Path, help="folder with the photographs and cut-outs")
+    parser.add_argument("--work", type=Path, default=Path("runs/ase-mini"), help="checkpoints and intermediate models")
+    parser.add_argument("--out", type=Path, default=BUNDLE)
+    args = parser.parse_args()
+
+    # Data
+    set_seed(args.seed)
+    args.work.mkdir(parents=True, exist_ok=True)
+    sources = load_sources("train", args.sources)
+
+    # Model
+    saved = args.work / "model"
+    if (saved / "config.json").exists():
+        processor = ASEProcessor.from_pretrained(saved)
+        model = ASEForConditionalGeneration.from_pretrained(saved, dtype=torch.float32)
+    else:
+        rows = critique_dataset("train", args.vocabulary_samples, seed=args.seed + len(STAGES), sources=sources)
+        processor = build_processor([caption for row in rows for caption in row["references"]])
+        model = build_model(processor)
+
+    # Run
+    for stage in STAGES if args.stage == "all" else (args.stage,):
+        train_stage(stage, model, processor, sources, args)
+        save_bundle(model, processor, saved)
+    save_bundle(model, processor, args.out)
+
+
+if __name__ == "__main__":
+    main()

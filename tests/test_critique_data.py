@@ -1,0 +1,283 @@
+"""The critique generator, on a small pool of generated pictures: no real photograph is needed."""
+
+import json
+import pickle
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw, ImageFilter
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import critique_data
+from critique_captions import Truth, compose_caption
+from critique_data import ASPECT_FAULTS, FAULTS, make_sample, named_faults
+
+
+def _landscape(rng: np.random.Generator) -> Image.Image:
+    """Random coloured shapes over a gradient, with grain fine enough to be sharp."""
+    image = Image.fromarray(rng.integers(60, 200, (6, 8, 3), dtype=np.uint8)).resize((480, 360), Image.BICUBIC)
+    draw = ImageDraw.Draw(image)
+    for _ in range(250):
+        x, y, size = rng.uniform(0, 480), rng.uniform(0, 360), rng.uniform(4, 40)
+        draw.rectangle((x, y, x + size, y + size), tuple(int(c) for c in rng.integers(20, 235, 3)))
+    return image
+
+
+def _cutout(rng: np.random.Generator) -> Image.Image:
+    image = Image.fromarray(rng.integers(0, 255, (160, 200, 3), dtype=np.uint8)).filter(ImageFilter.GaussianBlur(1))
+    alpha = Image.new("L", image.size)
+    ImageDraw.Draw(alpha).ellipse((4, 4, 195, 155), 255)
+    image.putalpha(alpha)
+    return image
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory) -> dict[str, critique_data.LoadedSources]:
+    folder, rng = tmp_path_factory.mktemp("sources"), np.random.default_rng(7)
+    (folder / "photos").mkdir()
+    (folder / "cutouts").mkdir()
+    entries = {"photos": [], "cutouts": []}
+    for number in range(8):
+        split, boxed = ("train", "test")[number % 2], number >= 6
+        box = {"subject": True, "box": [0.4, 0.3, 0.6, 0.7]} if boxed else {"subject": False}
+        entries["photos"].append({"id": f"photo-{number}", "split": split} | box)
+        _landscape(rng).save(folder / "photos" / f"photo-{number}.jpg", quality=95)
+        entries["cutouts"].append({"id": f"cutout-{number}", "split": split, "name": "A disc."})
+        _cutout(rng).save(folder / "cutouts" / f"cutout-{number}.png")
+    (folder / "sources.json").write_text(json.dumps(entries))
+    return {split: critique_data.load_sources(split, folder, folder / "sources.json") for split in ("train", "test")}
+
+
+@pytest.fixture(scope="module")
+def samples(pool) -> list[dict]:
+    return [make_sample(index, "train", 0, pool["train"]) for index in range(140)]
+
+
+def _present(sample: dict) -> set[str]:
+    return {fault for fault, label in zip(FAULTS, sample["aspect_labels"], strict=True) if label == 1}
+
+
+def _mean_rating(sample: dict) -> float:
+    return float(np.dot(sample["rating"], np.arange(1, 11)))
+
+
+@pytest.mark.parametrize(
+    ("text", "faults"),
+    [
+        ("Flat light, and grainy.", {"low_contrast", "noisy"}),
+        ("The shot is OUT OF\nFOCUS.", {"blurred"}),
+        ("The subject is out of focus while the background is sharp.", {"subject_blurred"}),
+        ("A shallow depth of field; the background is softly blurred.", {"background_blurred"}),
+        ("The background is blurred. The subject is soft.", {"background_blurred", "blurred"}),
+        ("The subject is centred and the subject is blurred while the background is sharp.",
+         {"subject_centred", "subject_blurred"}),
+        ("Softer, flatter, a warm castle, no thirds, and cropping.", set()),
+        ("A bluish cast, dark corners, slanted.", {"cool_cast", "vignetting", "tilted"}),
+        ("Cropped, on the right third.", {"subject_near_edge", "subject_right_third"}),
+        ("Desaturated, too contrasty, on the left third.", {"muted", "high_contrast", "subject_left_third"}),
+    ],
+)  # fmt: skip
+def test_named_faults_reads_the_words(text, faults):
+    assert named_faults(text) == faults
+
+
+def test_a_caption_names_exactly_the_faults_that_are_there():
+    rng, vocabulary = np.random.default_rng(0), set()
+    for _ in range(4000):
+        faults = critique_data.draw_faults(rng, probability=0.3, strength=(1.0, 2.5), composite=bool(rng.integers(2)))
+        critique_data.limit_drawbacks(faults, rng)
+        fine = {aspect for aspect, names in ASPECT_FAULTS.items() if not faults.keys() & set(names)}
+        truth = Truth(
+            faults=faults,
+            fine=frozenset(fine - {"placement", "depth"}),
+            hue=str(rng.choice(("", "greens"))),
+            brightest=str(rng.choice(("", "top", "left", "middle"))),
+            texture=str(rng.choice(("", "busy", "calm"))),
+            size=str(rng.choice(("", "small", "large"))),
+        )
+        caption = compose_caption(truth, rng)
+        assert named_faults(caption) == set(faults), caption
+        vocabulary.update(caption.lower().replace(",", " ").replace(".", " ").split())
+    assert len(vocabulary) < 700
+
+
+def test_labels_agree_with_every_reference(samples):
+    for sample in samples:
+        assert sample["references"][0] == sample["caption"]
+        assert len(set(sample["references"])) == 5
+        assert all(named_faults(text) == _present(sample) for text in sample["references"])
+        assert all(10 <= len(text.split()) <= critique_data.MAX_WORDS for text in sample["references"])
+        assert set(sample["strengths"]) == _present(sample)
+
+
+def test_every_fault_occurs_on_both_sides(samples):
+    labels = np.array([sample["aspect_labels"] for sample in samples])
+    assert labels.shape[1] == len(FAULTS) == 18
+    assert ((labels == 1).sum(0) > 0).all()
+    assert set(np.unique(labels)) == {-1.0, 0.0, 1.0}
+    plain = [sample["aspect_labels"] for sample in samples if not sample["composite"]]
+    assert (np.array(plain)[:, -2:] == -1).all(), "the depth of a plain photograph is unknown"
+
+
+def test_a_sample_depends_on_seed_split_and_index_alone(pool, samples):
+    again = make_sample(5, "train", 0, pool["train"])
+    assert again["image"].tobytes() == samples[5]["image"].tobytes()
+    assert again["references"] == samples[5]["references"]
+    assert again["image"].tobytes() != make_sample(5, "train", 1, pool["train"])["image"].tobytes()
+    assert again["caption"] != make_sample(5, "test", 0, pool["test"])["caption"]
+
+
+def test_no_source_is_in_both_splits(pool, samples):
+    other = [make_sample(index, "test", 0, pool["test"]) for index in range(40)]
+    for key in ("source", "cutout"):
+        assert not {sample[key] for sample in samples} & ({sample[key] for sample in other} - {""})
+
+
+def test_rating_is_a_distribution_that_falls_with_faults(samples):
+    for sample in samples:
+        assert len(sample["rating"]) == 10 and sum(sample["rating"]) == pytest.approx(1)
+    rng = np.random.default_rng(0)
+    means = [
+        _mean_rating({"rating": critique_data.rating_distribution(faults, 0, rng)})
+        for faults in ({}, {"noisy": 1.0}, {"noisy": 2.0}, {"noisy": 2.0, "blurred": 2.0})
+    ]
+    assert means == sorted(means, reverse=True)
+    assert means[0] - means[-1] > 3
+
+
+def test_the_map_lies_where_the_cutout_is(samples):
+    composites = [sample for sample in samples if sample["composite"]]
+    assert 0.3 < len(composites) / len(samples) < 0.7
+    for sample in composites:
+        saliency = sample["saliency"]
+        assert saliency.shape == (32, 32) and saliency.dtype == np.float32 and 0.5 < saliency.max() <= 1.01
+        middle = float(saliency.sum(0) @ (np.arange(32) + 0.5) / saliency.sum() / 32)
+        if "subject_centred" in _present(sample):
+            assert abs(middle - 0.5) < 0.08
+        elif "subject_left_third" in _present(sample):
+            assert 0.2 < middle < 0.43
+        elif "subject_right_third" in _present(sample):
+            assert 0.57 < middle < 0.8
+        else:
+            border = np.concatenate([saliency[-1], saliency[:, 0], saliency[:, -1]])
+            assert border.max() > 0.1
+
+
+def test_the_map_of_a_boxed_photograph_follows_the_crop(pool):
+    photo = next(photo for photo in pool["train"].photos if photo.box)
+    rng, known = np.random.default_rng(3), set()
+    for degrees in np.linspace(-14, 14, 60):
+        framing = critique_data.draw_framing(photo, float(degrees), 320, rng)
+        x, y = np.random.default_rng(0).uniform(0, 1, (2, 20))
+        assert np.allclose(framing.to_canvas(*framing.to_photo(x, y)), (x, y), atol=1e-6)
+        placement, seen = critique_data.box_placement(photo, framing)
+        saliency = critique_data.box_map(photo, framing)
+        if placement in critique_data.PLACES and seen > 0.98:
+            middle = float(saliency.sum(0) @ (np.arange(32) + 0.5) / saliency.sum() / 32)
+            assert middle == pytest.approx(critique_data.PLACES[placement], abs=0.08)
+        known.add(placement)
+    assert known >= set(critique_data.PLACES)
+
+
+def _figures(image: Image.Image) -> dict[str, float]:
+    pixels = np.asarray(image).astype(np.float32) / 255
+    luma = pixels @ critique_data.LUMA
+    fine = np.abs(np.diff(luma, axis=1)).mean()
+    corners = np.mean([luma[:20, :20], luma[:20, -20:], luma[-20:, :20], luma[-20:, -20:]])
+    return {
+        "light": luma.mean(),
+        "spread": luma.std(),
+        "warmth": (pixels[..., 0] - pixels[..., 2]).mean(),
+        "chroma": (pixels.max(-1) - pixels.min(-1)).mean(),
+        "fine": fine,
+        "corners": corners / luma[80:-80, 80:-80].mean(),
+    }
+
+
+@pytest.mark.parametrize(
+    ("fault", "figure", "least", "most"),
+    [
+        ("underexposed", "light", 0.3, 0.85),
+        ("overexposed", "light", 1.15, 2.0),
+        ("low_contrast", "spread", 0.4, 0.75),
+        ("high_contrast", "spread", 1.2, 1.8),
+        ("muted", "chroma", 0.25, 0.55),
+        ("oversaturated", "chroma", 1.4, 2.2),
+        ("blurred", "fine", 0.1, 0.7),
+        ("noisy", "fine", 1.2, 5.0),
+        ("vignetting", "corners", 0.4, 0.85),
+    ],
+)
+def test_a_fault_is_really_there(pool, fault, figure, least, most):
+    photo = pool["train"].photos[0].normal.crop((0, 0, 320, 320))
+    changes = []
+    for seed in range(3):
+        pictures = []
+        for faults in ({}, {fault: 1.0}):
+            rng = np.random.default_rng(seed)
+            image = photo.filter(ImageFilter.GaussianBlur(3.2)) if "blurred" in faults else photo
+            edits = critique_data.draw_edits(faults, critique_data.measure(photo), rng)
+            pictures.append(_figures(critique_data.develop(image, edits, rng))[figure])
+        changes.append(pictures[1] / pictures[0])
+    assert least < np.mean(changes) < most
+
+
+@pytest.mark.parametrize(("fault", "sign"), [("warm_cast", 1), ("cool_cast", -1)])
+def test_a_cast_shifts_the_colour(pool, fault, sign):
+    photo = pool["train"].photos[0].normal
+    measures = critique_data.measure(photo)
+    plain, cast = (
+        _figures(critique_data.develop(photo, critique_data.draw_edits(faults, measures, rng), rng))["warmth"]
+        for faults, rng in (({}, np.random.default_rng(0)), ({fault: 1.0}, np.random.default_rng(0)))
+    )
+    assert sign * (cast - plain) > 0.08
+
+
+def test_strength_of_evaluation(pool):
+    for index in range(40):
+        sample = make_sample(index, "test", 0, pool["test"], strength=(1.0, 1.0))
+        assert set(sample["strengths"].values()) <= {1.0}
+
+
+def test_normalising_evens_out_the_light():
+    rng = np.random.default_rng(0)
+    photo = np.asarray(_landscape(rng)).astype(np.float32)
+    figures = []
+    for gain in ((0.35, 0.3, 0.2), (1, 1, 1), (0.6, 0.8, 1.1)):
+        normal = critique_data.normalise(np.clip(photo * gain, 0, 255).astype(np.uint8))
+        figures.append(_figures(Image.fromarray(normal)))
+    for figure, spread in (("light", 0.03), ("spread", 0.05), ("chroma", 0.05), ("warmth", 0.15)):
+        assert np.ptp([each[figure] for each in figures]) < spread, figure
+
+
+def test_the_data_set_gives_the_same_rows_as_the_pool(pool, tmp_path):
+    sources = pool["train"]
+    assert pickle.loads(pickle.dumps(sources)) is sources
+    made = critique_data.critique_dataset("train", 6, 3, sources, long_side=160)
+    kept = critique_data.critique_pool("train", 6, 3, sources, cache_dir=str(tmp_path), long_side=160)
+    assert len(made) == len(kept) == 6
+    for index in (4, 0):
+        one, other = made[index], kept[index]
+        assert one.keys() == other.keys()
+        assert max(one["image"].size) == 160 and one["image"].tobytes() == other["image"].tobytes()
+        assert one["saliency"].dtype == np.float32 and (one["saliency"] == other["saliency"]).all()
+        for key in ("caption", "references", "aspect_labels", "rating", "composite", "source", "cutout", "strengths"):
+            assert one[key] == other[key], key
+    assert made[2:4]["caption"] == kept[2:4]["caption"]
+
+
+def test_a_split_without_pictures_is_refused(tmp_path):
+    (tmp_path / "sources.json").write_text(json.dumps({"photos": [], "cutouts": []}))
+    with pytest.raises(FileNotFoundError, match=r"critique_sources\.py"):
+        critique_data.load_sources("train", tmp_path, tmp_path / "sources.json")
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(ValueError, match="0 usable backgrounds and 0 cut-outs"):
+        critique_data.load_sources("train", tmp_path, tmp_path / "sources.json")
+
+
+def test_contact_sheet_shows_every_sample(samples):
+    assert critique_data.contact_sheet(samples[:5], columns=4).size == (1360, 980)
