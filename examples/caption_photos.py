@@ -131,7 +131,7 @@ def read_photo(path: Path) -> Photo | Failure:
         limit = Image.MAX_IMAGE_PIXELS / 1e6
         return Failure(path, f"too large: over the limit of {limit:.3g} megapixels (raise it with --max-megapixels)")
     except UnidentifiedImageError:
-        return Failure(path, "not a JPEG, PNG, WebP or TIFF image")
+        return Failure(path, "not a JPEG, PNG, WebP or TIFF image, or damaged at its start")
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         reason = error.strerror if isinstance(error, OSError) else None
         return Failure(path, reason or f"damaged: {error or type(error).__name__}")
@@ -274,7 +274,7 @@ def caption_all(
 ) -> list[dict[str, Any]]:
     """Writes captions.jsonl, failed.jsonl and the overlays as it goes; returns the page's cards and adds failures."""
     cards, names = [], dict(zip(files, overlay_names(files)))
-    common = os.path.commonpath([file.absolute().parent for file in files])
+    common = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
     with (
         open(args.out / "captions.jsonl", "w", encoding="utf-8") as captions,
         open(args.out / "failed.jsonl", "w", encoding="utf-8") as failed,
@@ -316,8 +316,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description=description, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("photos", nargs="+", type=Path, metavar="PHOTOS", help="photographs and folders of them")
-    parser.add_argument("--model", default=str(HERE / "ase-mini"), help="ASE checkpoint: a folder or a Hub id")
-    parser.add_argument("--out", type=Path, default=Path("captions"), metavar="DIR", help="where results go")
+    parser.add_argument(
+        "--model",
+        default=str(HERE / "ase-mini"),
+        help="ASE checkpoint, a folder or a Hub id (default: the bundled one)",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("captions"), metavar="DIR", help="where results go (default: %(default)s)"
+    )
     parser.add_argument("--batch-size", type=int, default=8, help="photographs at a time (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=160, help="longest critique (default: %(default)s)")
     parser.add_argument("--limit", type=int, help="only the first so many photographs")

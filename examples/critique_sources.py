@@ -37,6 +37,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
+
 MANIFEST = Path(__file__).with_suffix(".json")
 PHOTO_SIZE = 640
 CUTOUT_SIZE = 320

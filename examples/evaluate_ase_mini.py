@@ -43,7 +43,9 @@ def caption_set(model, processor, rows, batch_size: int) -> tuple[dict, float]:
     prompt = processor.critique_prompt()
     for start in tqdm(range(0, len(rows), batch_size)):
         batch = [rows[index] for index in range(start, min(start + batch_size, len(rows)))]
-        inputs = processor(images=[row["image"] for row in batch], text=[prompt] * len(batch), padding=True, return_tensors="pt")
+        inputs = processor(
+            images=[row["image"] for row in batch], text=[prompt] * len(batch), padding=True, return_tensors="pt"
+        )
         began = time.perf_counter()
         features = model.get_image_features(pixel_values=inputs.pop("pixel_values"))
         ids = model.generate(**inputs, mm_encoder_outputs={"image": features})
@@ -52,7 +54,9 @@ def caption_set(model, processor, rows, batch_size: int) -> tuple[dict, float]:
         tokens += int((answers != processor.tokenizer.pad_token_id).sum())
         found["caption"] += processor.batch_decode(answers, skip_special_tokens=True)
         found["score"] += [score["mean"] for score in processor.post_process_scores(features)]
-        found["map"] += list(torch.nn.functional.interpolate(features.saliency_maps[:, None], (32, 32), mode="bilinear")[:, 0].numpy())
+        found["map"] += list(
+            torch.nn.functional.interpolate(features.saliency_maps[:, None], (32, 32), mode="bilinear")[:, 0].numpy()
+        )
         for row in batch:
             found["references"].append(row["references"])
             found["labels"].append(dict(zip(FAULTS, row["aspect_labels"])))
@@ -68,7 +72,9 @@ def fault_rates(captions: list[str], labels: list[dict[str, float]]) -> dict[str
     for aspect, faults in ASPECT_FAULTS.items():
         hits = [fault in names for names, truth in zip(named, labels) for fault in faults if truth[fault] == 1]
         clean = [
-            bool(names & set(faults)) for names, truth in zip(named, labels) if all(truth[fault] == 0 for fault in faults)
+            bool(names & set(faults))
+            for names, truth in zip(named, labels)
+            if all(truth[fault] == 0 for fault in faults)
         ]
         rates[aspect] = (_mean(hits), _mean(clean), len(hits))
     return rates
@@ -150,16 +156,30 @@ def as_markdown(figures: dict) -> str:
     lines += ["| **macro** (without level and placement) | " + " | ".join(macro) + " |", ""]
     lines += ["| figure | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
     for metric in ("CIDEr", "BLEU-4", "ROUGE-L"):
-        cells = [f"{figures[n]['text'][metric]:.3f} (wrong photo {figures[n]['wrong photo'][metric]:.3f})" for n in names]
+        cells = [
+            f"{figures[n]['text'][metric]:.3f} (wrong photo {figures[n]['wrong photo'][metric]:.3f})" for n in names
+        ]
         lines.append(f"| {metric} | " + " | ".join(cells) + " |")
-    lines.append("| caption length / reference length | " + " | ".join(f"{figures[n]['length ratio']:.2f}" for n in names) + " |")
+    lines.append(
+        "| caption length / reference length | "
+        + " | ".join(f"{figures[n]['length ratio']:.2f}" for n in names)
+        + " |"
+    )
     lines.append("| score SRCC | " + " | ".join(f"{figures[n]['SRCC']:.3f}" for n in names) + " |")
     for metric in ("AUC", "NSS", "CC"):
-        cells = [f"{figures[n]['saliency'][metric]:.3f} (centre bias {figures[n]['centre bias'][metric]:.3f})" for n in names]
+        cells = [
+            f"{figures[n]['saliency'][metric]:.3f} (centre bias {figures[n]['centre bias'][metric]:.3f})"
+            for n in names
+        ]
         lines.append(f"| saliency {metric} | " + " | ".join(cells) + " |")
-    lines.append("| generated tokens per second | " + " | ".join(f"{figures[n]['tokens per second']:.0f}" for n in names) + " |")
+    lines.append(
+        "| generated tokens per second | " + " | ".join(f"{figures[n]['tokens per second']:.0f}" for n in names) + " |"
+    )
     pictures = ", ".join(f"{figures[n]['pictures']} pictures {n}" for n in names)
-    return "\n".join(lines) + f"\n\nText metrics: {PROTOCOL}. Measured on {pictures}; speed on {torch.get_num_threads()} CPU thread(s)."
+    return (
+        "\n".join(lines)
+        + f"\n\nText metrics: {PROTOCOL}. Measured on {pictures}; speed on {torch.get_num_threads()} CPU thread(s)."
+    )
 
 
 def write_card(path: Path, figures: dict) -> None:
@@ -201,7 +221,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--sources", type=Path, help="folder with the photographs and cut-outs")
     parser.add_argument("--json", type=Path, help="also write all figures to this file")
-    parser.add_argument("--card", action=argparse.BooleanOptionalAction, default=True, help="write into the model card")
+    parser.add_argument(
+        "--card", action=argparse.BooleanOptionalAction, default=True, help="write into the model card"
+    )
     args = parser.parse_args()
 
     # Model

@@ -260,7 +260,9 @@ def main() -> None:
     parser.add_argument("--stage", choices=(*STAGES, "all"), default="all")
     parser.add_argument("--samples", type=int, help="samples seen in each stage (default: as the bundled model)")
     parser.add_argument("--pool", type=int, help="make this many pictures first instead of each when it is read")
-    parser.add_argument("--vocabulary-samples", type=int, default=2000, help="pictures whose captions make the tokenizer")
+    parser.add_argument(
+        "--vocabulary-samples", type=int, default=2000, help="pictures whose captions make the tokenizer"
+    )
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--workers", type=int, default=1, help="processes that load pictures beside the training")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,13 +1,22 @@
 """Tiny models and inputs shared by the tests: no downloads, seconds on a CPU."""
 
+import json
 import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
+import numpy as np
 import pytest
 import torch
+import transformers
+from PIL import Image, ImageDraw, ImageFilter
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessor,
@@ -40,9 +49,31 @@ IASM = {
 }
 FUSION = {"fusion_hidden_size": 16, "fusion_num_attention_heads": 2}
 IMAGE_TOKENS = 16
-WORDS = "<pad> <s> </s> <unk> <image> Critique this photograph : what is good , wrong would help ? underexposed blurred .".split()
+WORDS = [
+    "<pad>",
+    "<s>",
+    "</s>",
+    "<unk>",
+    "<image>",
+    "Critique",
+    "this",
+    "photograph",
+    ":",
+    "what",
+    "is",
+    "good",
+    ",",
+    "wrong",
+    "would",
+    "help",
+    "?",
+    "underexposed",
+    "blurred",
+    ".",
+]
 
 torch.set_num_threads(1)
+transformers.logging.disable_progress_bar()
 
 
 def tiny_config(encoder: str = "clip", **kwargs) -> LlavaConfig:
@@ -82,9 +113,26 @@ def open_gates(model: ASEForConditionalGeneration, value: float = 1.0) -> ASEFor
     return model
 
 
+def graft(base, **kwargs) -> ASEForConditionalGeneration:
+    return ASEForConditionalGeneration.from_mllm_pretrained(base, **{"iasm_config": IASM, **FUSION, **kwargs})
+
+
 def tiny_model(encoder: str = "clip", gate: float = 1.0, **kwargs) -> ASEForConditionalGeneration:
-    model = ASEForConditionalGeneration.from_mllm_pretrained(tiny_base(encoder), iasm_config=IASM, **FUSION, **kwargs)
-    return open_gates(model, gate)
+    return open_gates(graft(tiny_base(encoder), **kwargs), gate)
+
+
+def is_added(name: str) -> bool:
+    """Whether a parameter of `ASEForConditionalGeneration` is ours and not the base's."""
+    return name.startswith(("model.iasm.", "model.fusions."))
+
+
+def edit_checkpoint(folder: Path, keep: Callable[[str], bool]) -> list[str]:
+    """Deletes the tensors that `keep` refuses from a saved model; returns their keys."""
+    tensors = load_file(folder / "model.safetensors")
+    dropped = [key for key in tensors if not keep(key)]
+    assert dropped, "the test deletes nothing"
+    save_file({key: tensors[key] for key in tensors if keep(key)}, folder / "model.safetensors", {"format": "pt"})
+    return dropped
 
 
 def tiny_processor() -> ASEProcessor:
@@ -140,3 +188,41 @@ def processor() -> ASEProcessor:
 @pytest.fixture
 def inputs() -> dict[str, torch.Tensor]:
     return make_inputs()
+
+
+def landscape(rng: np.random.Generator) -> Image.Image:
+    """Random coloured shapes over a gradient, with grain fine enough to be sharp."""
+    image = Image.fromarray(rng.integers(60, 200, (6, 8, 3), dtype=np.uint8)).resize((480, 360), Image.BICUBIC)
+    draw = ImageDraw.Draw(image)
+    for _ in range(250):
+        x, y, size = rng.uniform(0, 480), rng.uniform(0, 360), rng.uniform(4, 40)
+        draw.rectangle((x, y, x + size, y + size), tuple(int(c) for c in rng.integers(20, 235, 3)))
+    return image
+
+
+def cutout(rng: np.random.Generator) -> Image.Image:
+    image = Image.fromarray(rng.integers(0, 255, (160, 200, 3), dtype=np.uint8)).filter(ImageFilter.GaussianBlur(1))
+    alpha = Image.new("L", image.size)
+    ImageDraw.Draw(alpha).ellipse((4, 4, 195, 155), 255)
+    image.putalpha(alpha)
+    return image
+
+
+@pytest.fixture(scope="session")
+def critique_sources(tmp_path_factory) -> dict:
+    """A train and a test pool of generated photographs and cut-outs, as `critique_data.load_sources` gives them."""
+    import critique_data
+
+    folder, rng = tmp_path_factory.mktemp("sources"), np.random.default_rng(7)
+    (folder / "photos").mkdir()
+    (folder / "cutouts").mkdir()
+    entries = {"photos": [], "cutouts": []}
+    for number in range(8):
+        split, boxed = ("train", "test")[number % 2], number >= 6
+        box = {"subject": True, "box": [0.4, 0.3, 0.6, 0.7]} if boxed else {"subject": False}
+        entries["photos"].append({"id": f"photo-{number}", "split": split} | box)
+        landscape(rng).save(folder / "photos" / f"photo-{number}.jpg", quality=95)
+        entries["cutouts"].append({"id": f"cutout-{number}", "split": split, "name": "A disc."})
+        cutout(rng).save(folder / "cutouts" / f"cutout-{number}.png")
+    (folder / "sources.json").write_text(json.dumps(entries))
+    return {split: critique_data.load_sources(split, folder, folder / "sources.json") for split in ("train", "test")}

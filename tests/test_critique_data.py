@@ -2,59 +2,19 @@
 
 import json
 import pickle
-import sys
-from pathlib import Path
-
-import numpy as np
-import pytest
-from PIL import Image, ImageDraw, ImageFilter
-
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import critique_data
+import numpy as np
+import pytest
+from conftest import landscape
 from critique_captions import Truth, compose_caption
 from critique_data import ASPECT_FAULTS, FAULTS, make_sample, named_faults
-
-
-def _landscape(rng: np.random.Generator) -> Image.Image:
-    """Random coloured shapes over a gradient, with grain fine enough to be sharp."""
-    image = Image.fromarray(rng.integers(60, 200, (6, 8, 3), dtype=np.uint8)).resize((480, 360), Image.BICUBIC)
-    draw = ImageDraw.Draw(image)
-    for _ in range(250):
-        x, y, size = rng.uniform(0, 480), rng.uniform(0, 360), rng.uniform(4, 40)
-        draw.rectangle((x, y, x + size, y + size), tuple(int(c) for c in rng.integers(20, 235, 3)))
-    return image
-
-
-def _cutout(rng: np.random.Generator) -> Image.Image:
-    image = Image.fromarray(rng.integers(0, 255, (160, 200, 3), dtype=np.uint8)).filter(ImageFilter.GaussianBlur(1))
-    alpha = Image.new("L", image.size)
-    ImageDraw.Draw(alpha).ellipse((4, 4, 195, 155), 255)
-    image.putalpha(alpha)
-    return image
+from PIL import Image, ImageFilter
 
 
 @pytest.fixture(scope="module")
-def pool(tmp_path_factory) -> dict[str, critique_data.LoadedSources]:
-    folder, rng = tmp_path_factory.mktemp("sources"), np.random.default_rng(7)
-    (folder / "photos").mkdir()
-    (folder / "cutouts").mkdir()
-    entries = {"photos": [], "cutouts": []}
-    for number in range(8):
-        split, boxed = ("train", "test")[number % 2], number >= 6
-        box = {"subject": True, "box": [0.4, 0.3, 0.6, 0.7]} if boxed else {"subject": False}
-        entries["photos"].append({"id": f"photo-{number}", "split": split} | box)
-        _landscape(rng).save(folder / "photos" / f"photo-{number}.jpg", quality=95)
-        entries["cutouts"].append({"id": f"cutout-{number}", "split": split, "name": "A disc."})
-        _cutout(rng).save(folder / "cutouts" / f"cutout-{number}.png")
-    (folder / "sources.json").write_text(json.dumps(entries))
-    return {split: critique_data.load_sources(split, folder, folder / "sources.json") for split in ("train", "test")}
-
-
-@pytest.fixture(scope="module")
-def samples(pool) -> list[dict]:
-    return [make_sample(index, "train", 0, pool["train"]) for index in range(140)]
+def samples(critique_sources) -> list[dict]:
+    return [make_sample(index, "train", 0, critique_sources["train"]) for index in range(140)]
 
 
 def _present(sample: dict) -> set[str]:
@@ -123,16 +83,16 @@ def test_every_fault_occurs_on_both_sides(samples):
     assert (np.array(plain)[:, -2:] == -1).all(), "the depth of a plain photograph is unknown"
 
 
-def test_a_sample_depends_on_seed_split_and_index_alone(pool, samples):
-    again = make_sample(5, "train", 0, pool["train"])
+def test_a_sample_depends_on_seed_split_and_index_alone(critique_sources, samples):
+    again = make_sample(5, "train", 0, critique_sources["train"])
     assert again["image"].tobytes() == samples[5]["image"].tobytes()
     assert again["references"] == samples[5]["references"]
-    assert again["image"].tobytes() != make_sample(5, "train", 1, pool["train"])["image"].tobytes()
-    assert again["caption"] != make_sample(5, "test", 0, pool["test"])["caption"]
+    assert again["image"].tobytes() != make_sample(5, "train", 1, critique_sources["train"])["image"].tobytes()
+    assert again["caption"] != make_sample(5, "test", 0, critique_sources["test"])["caption"]
 
 
-def test_no_source_is_in_both_splits(pool, samples):
-    other = [make_sample(index, "test", 0, pool["test"]) for index in range(40)]
+def test_no_source_is_in_both_splits(critique_sources, samples):
+    other = [make_sample(index, "test", 0, critique_sources["test"]) for index in range(40)]
     for key in ("source", "cutout"):
         assert not {sample[key] for sample in samples} & ({sample[key] for sample in other} - {""})
 
@@ -167,8 +127,8 @@ def test_the_map_lies_where_the_cutout_is(samples):
             assert border.max() > 0.1
 
 
-def test_the_map_of_a_boxed_photograph_follows_the_crop(pool):
-    photo = next(photo for photo in pool["train"].photos if photo.box)
+def test_the_map_of_a_boxed_photograph_follows_the_crop(critique_sources):
+    photo = next(photo for photo in critique_sources["train"].photos if photo.box)
     rng, known = np.random.default_rng(3), set()
     for degrees in np.linspace(-14, 14, 60):
         framing = critique_data.draw_framing(photo, float(degrees), 320, rng)
@@ -212,8 +172,8 @@ def _figures(image: Image.Image) -> dict[str, float]:
         ("vignetting", "corners", 0.4, 0.85),
     ],
 )
-def test_a_fault_is_really_there(pool, fault, figure, least, most):
-    photo = pool["train"].photos[0].normal.crop((0, 0, 320, 320))
+def test_a_fault_is_really_there(critique_sources, fault, figure, least, most):
+    photo = critique_sources["train"].photos[0].normal.crop((0, 0, 320, 320))
     changes = []
     for seed in range(3):
         pictures = []
@@ -227,8 +187,8 @@ def test_a_fault_is_really_there(pool, fault, figure, least, most):
 
 
 @pytest.mark.parametrize(("fault", "sign"), [("warm_cast", 1), ("cool_cast", -1)])
-def test_a_cast_shifts_the_colour(pool, fault, sign):
-    photo = pool["train"].photos[0].normal
+def test_a_cast_shifts_the_colour(critique_sources, fault, sign):
+    photo = critique_sources["train"].photos[0].normal
     measures = critique_data.measure(photo)
     plain, cast = (
         _figures(critique_data.develop(photo, critique_data.draw_edits(faults, measures, rng), rng))["warmth"]
@@ -237,15 +197,15 @@ def test_a_cast_shifts_the_colour(pool, fault, sign):
     assert sign * (cast - plain) > 0.08
 
 
-def test_strength_of_evaluation(pool):
+def test_strength_of_evaluation(critique_sources):
     for index in range(40):
-        sample = make_sample(index, "test", 0, pool["test"], strength=(1.0, 1.0))
+        sample = make_sample(index, "test", 0, critique_sources["test"], strength=(1.0, 1.0))
         assert set(sample["strengths"].values()) <= {1.0}
 
 
 def test_normalising_evens_out_the_light():
     rng = np.random.default_rng(0)
-    photo = np.asarray(_landscape(rng)).astype(np.float32)
+    photo = np.asarray(landscape(rng)).astype(np.float32)
     figures = []
     for gain in ((0.35, 0.3, 0.2), (1, 1, 1), (0.6, 0.8, 1.1)):
         normal = critique_data.normalise(np.clip(photo * gain, 0, 255).astype(np.uint8))
@@ -254,8 +214,8 @@ def test_normalising_evens_out_the_light():
         assert np.ptp([each[figure] for each in figures]) < spread, figure
 
 
-def test_the_data_set_gives_the_same_rows_as_the_pool(pool, tmp_path):
-    sources = pool["train"]
+def test_the_data_set_gives_the_same_rows_as_the_pool(critique_sources, tmp_path):
+    sources = critique_sources["train"]
     assert pickle.loads(pickle.dumps(sources)) is sources
     made = critique_data.critique_dataset("train", 6, 3, sources, long_side=160)
     kept = critique_data.critique_pool("train", 6, 3, sources, cache_dir=str(tmp_path), long_side=160)
