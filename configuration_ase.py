@@ -3,17 +3,31 @@
 The paper publishes no sizes; every default below is this project's own choice.
 """
 
+from os import PathLike
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 
+class _SavedWithCode(PreTrainedConfig):
+    """A configuration whose folder also loads where this package is not installed, with `trust_remote_code=True`."""
+
+    _auto_class = "AutoConfig"  # with it, transformers copies this file and what it imports relatively, here and below
+
+    def save_pretrained(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs):
+        # all names each time: one that came from the Hub would still point there
+        self.auto_map = {
+            auto: f"{part.__module__.rsplit('.', 1)[-1]}.{part.__name__}"
+            for auto, part in self._auto_classes().items()
+        }
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+
 @strict
-class IASMConfig(PreTrainedConfig):
+class IASMConfig(_SavedWithCode):
     r"""
     Configuration of the image aesthetic saliency module (IASM).
 
@@ -76,6 +90,10 @@ class IASMConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of `@strict`: refuses sizes that do not fit each other."""
+        _check_at_least(self, 4, "hidden_size")
+        _check_at_least(self, 1, "num_queries", "num_attention_heads")
+        _check_at_least(self, 0, "num_hidden_layers", "num_aspects")
+        _check_at_least(self, 0, "score_loss_weight", "saliency_loss_weight", "aspect_loss_weight")
         if self.image_size < 32 or self.image_size % 32:
             raise ValueError(f"`image_size` must be a positive multiple of 32, got {self.image_size}.")
         if self.hidden_size % self.num_attention_heads:
@@ -88,17 +106,19 @@ class IASMConfig(PreTrainedConfig):
                 "`image_mean` and `image_std` take three numbers each, the standard deviations above 0; got "
                 f"{list(self.image_mean)} and {list(self.image_std)}."
             )
-        if self.num_queries < 1:
-            raise ValueError(f"`num_queries` must be at least 1, got {self.num_queries}.")
         if self.aspect_names is not None and len(self.aspect_names) != self.num_aspects:
-            raise ValueError(f"`aspect_names` has {len(self.aspect_names)} names for `num_aspects={self.num_aspects}`.")
-        for name in ("score_loss_weight", "saliency_loss_weight", "aspect_loss_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+            raise ValueError(
+                f"`aspect_names` has {len(self.aspect_names)} names for `num_aspects={self.num_aspects}`."
+            )
+
+    def _auto_classes(self) -> dict[str, type]:
+        from .modeling_ase import ImageAestheticSaliencyModule
+
+        return {"AutoConfig": IASMConfig, "AutoModel": ImageAestheticSaliencyModule}
 
 
 @strict
-class ASEConfig(PreTrainedConfig):
+class ASEConfig(_SavedWithCode):
     r"""
     Configuration of ASE-MLLM: any image-text-to-text model with an image aesthetic saliency module.
 
@@ -140,6 +160,7 @@ class ASEConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of `@strict`: refuses sizes and layers that cannot be."""
+        _check_at_least(self, 1, "fusion_hidden_size", "fusion_num_attention_heads")
         if self.fusion_hidden_size % self.fusion_num_attention_heads:
             raise ValueError(
                 f"`fusion_hidden_size` ({self.fusion_hidden_size}) must be a multiple of "
@@ -157,6 +178,18 @@ class ASEConfig(PreTrainedConfig):
     def from_mllm_config(cls, config: PreTrainedConfig, **kwargs: Any) -> "ASEConfig":
         """Wraps the configuration of a vision-language model; `kwargs` are fields of `ASEConfig`."""
         return cls(mllm_config=config, **kwargs)
+
+    def _auto_classes(self) -> dict[str, type]:
+        from .modeling_ase import ASEForConditionalGeneration, ASEModel
+        from .processing_ase import ASEProcessor
+
+        return {
+            "AutoConfig": ASEConfig,
+            "AutoModel": ASEModel,
+            "AutoModelForImageTextToText": ASEForConditionalGeneration,
+            "AutoModelForMultimodalLM": ASEForConditionalGeneration,
+            "AutoProcessor": ASEProcessor,
+        }
 
     def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
         return self.mllm_config.get_text_config(*args, **kwargs)
@@ -176,6 +209,12 @@ class ASEConfig(PreTrainedConfig):
     @property
     def video_token_id(self) -> int:
         return self.mllm_config.video_token_id
+
+
+def _check_at_least(config: PreTrainedConfig, least: int, *names: str):
+    for name in names:
+        if getattr(config, name) < least:
+            raise ValueError(f"`{name}` must be at least {least}, got {getattr(config, name)}.")
 
 
 def _tree(config: PreTrainedConfig) -> list[PreTrainedConfig]:

@@ -8,13 +8,21 @@ is this project's own design. The zero-initialised tanh gate is Flamingo's (arXi
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
+from os import PathLike
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-from transformers import AutoBackbone, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
+from transformers import (
+    MODEL_FOR_BACKBONE_MAPPING,
+    AutoBackbone,
+    AutoModelForImageTextToText,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.image_processing_base import ImageProcessingMixin
@@ -196,7 +204,7 @@ def _falloff(luma: torch.Tensor) -> torch.Tensor:
     x = torch.linspace(-1, 1, width, device=luma.device).view(1, -1)
     radius = ((x.square() + y.square()) / 2).sqrt()
     edges = (0.0, 0.3, 0.5, 0.65, 0.8, 1.01)
-    regions = [(radius >= low) & (radius < high) for low, high in zip(edges, edges[1:])]
+    regions = [(radius >= low) & (radius < high) for low, high in pairwise(edges)]
     regions += [(radius >= 0.8) & (x * sx > 0) & (y * sy > 0) for sx in (-1, 1) for sy in (-1, 1)]
     regions = torch.stack(regions).flatten(1).float()
     light = ((luma + 1) / 2).flatten(1)
@@ -348,6 +356,11 @@ class ASEPreTrainedModel(PreTrainedModel):
         # precaution is not needed.
         return False
 
+    def save_pretrained(self, save_directory: str | PathLike, *args, save_original_format: bool = False, **kwargs):
+        # Some bases have other names in their files than in memory. The `Trainer` resumes by `load_state_dict()`, which
+        # would skip those without an error, so the names in memory are saved; `from_pretrained` reads both.
+        super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -410,7 +423,7 @@ class ImageAestheticSaliencyModule(ASEPreTrainedModel):
     def __init__(self, config: IASMConfig):
         super().__init__(config)
         size = config.hidden_size
-        self.backbone = AutoBackbone.from_config(config.backbone_config)
+        self.backbone = _build_backbone(config.backbone_config)
         self.map_pyramid = SaliencyPyramid(self.backbone.channels, self.num_maps, size)
         self.map_head = nn.Sequential(
             nn.Conv2d(size + 5, size // 4, 1), nn.GELU(), nn.Conv2d(size // 4, 1, 3, padding=1)
@@ -515,6 +528,16 @@ class ImageAestheticSaliencyModule(ASEPreTrainedModel):
         return outputs
 
 
+def _build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
+    if MODEL_FOR_BACKBONE_MAPPING[type(config)].has_attentions:
+        return AutoBackbone.from_config(config)
+    # NOTE: convolutions refuse every attention but "eager", and `attn_implementation="sdpa"` for the whole model with it
+    config._attn_implementation_internal = None
+    backbone = AutoBackbone.from_config(config)
+    backbone._supports_sdpa = backbone._supports_flash_attn = backbone._supports_flex_attn = True
+    return backbone
+
+
 def _positions(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Coordinates x and y of a map's positions, -1..1, each `(h, w)`."""
     height, width = features.shape[-2:]
@@ -572,7 +595,9 @@ def saliency_losses(
         terms["saliency_loss"] = saliency_map_loss(outputs.saliency_maps, saliency_targets)
     if aspect_targets is not None:
         if outputs.aspect_logits is None:
-            raise ValueError("`aspect_targets` are given, but the model has no aspect head: `iasm_config.num_aspects=0`.")
+            raise ValueError(
+                "`aspect_targets` are given, but the model has no aspect head: `iasm_config.num_aspects=0`."
+            )
         terms["aspect_loss"] = aspect_loss(outputs.aspect_logits, aspect_targets)
     if terms:
         terms["loss"] = sum(getattr(config, f"{name}_weight") * term for name, term in terms.items())
@@ -714,8 +739,6 @@ class ASEModel(ASEPreTrainedModel):
     tokens after `config.fusion_layers`; nothing of the base is renamed, wrapped or copied.
     """
 
-    base_model_prefix = ""
-
     def __init__(self, config: ASEConfig, mllm: PreTrainedModel | None = None):
         super().__init__(config)
         if mllm is None:
@@ -727,7 +750,7 @@ class ASEModel(ASEPreTrainedModel):
         encoder = find_image_encoder(mllm)
         config.fusion_layers = _resolve_fusion_layers(config.fusion_layers, encoder)
         self.iasm = ImageAestheticSaliencyModule(config.iasm_config)
-        self.fusions = SaliencyFusions(config, {layer: encoder.hidden_size for layer in config.fusion_layers})
+        self.fusions = SaliencyFusions(config, dict.fromkeys(config.fusion_layers, encoder.hidden_size))
         self._hook_encoder(encoder)
         self.post_init()
 
@@ -846,9 +869,7 @@ class ASEModel(ASEPreTrainedModel):
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
         )
-        outputs, saliency = self._call_with_saliency(
-            self.mllm.base_model, **given, **{**kwargs, "return_dict": True}
-        )
+        outputs, saliency = self._call_with_saliency(self.mllm.base_model, **given, **{**kwargs, "return_dict": True})
         return ASEModelOutputWithPast(**_known_fields(ASEModelOutputWithPast, outputs), **saliency)
 
 

@@ -116,14 +116,16 @@ class ASEProcessor(ProcessorMixin):
             ValueError: if the named class is not one of transformers.
         """
         settings, _ = ProcessorMixin.get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        aspect_names = kwargs.pop("aspect_names", settings.get("aspect_names", ()))
         name = settings.get("base_processor_class")
         if name is None:  # the folder of a base model
             base = transformers.AutoProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
-            return cls(base)
+            return cls(base, aspect_names)
         base_class = getattr(transformers, name, None)
         if base_class is None:
-            raise ValueError(f"`base_processor_class` {name!r} of {pretrained_model_name_or_path} is not in transformers.")
-        aspect_names = kwargs.pop("aspect_names", settings.get("aspect_names", ()))
+            raise ValueError(
+                f"`base_processor_class` {name!r} of {pretrained_model_name_or_path} is not in transformers."
+            )
         # NOTE: never AutoProcessor here, it would find this class again
         return cls(base_class.from_pretrained(pretrained_model_name_or_path, **kwargs), aspect_names)
 
@@ -137,7 +139,10 @@ class ASEProcessor(ProcessorMixin):
         if self.chat_template is None:
             return f"{self.image_token}\n{text}\n"
         message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
-        return self.apply_chat_template([message], add_generation_prompt=True)
+        prompt = self.apply_chat_template([message], add_generation_prompt=True)
+        # most tokenizers begin every text with this token themselves; it must not stand there twice
+        begin = self.tokenizer("")["input_ids"][:1]
+        return prompt.removeprefix(self.tokenizer.bos_token) if begin == [self.tokenizer.bos_token_id] else prompt
 
     def post_process_saliency(
         self, outputs: ModelOutput, target_sizes: list[tuple[int, int]] | None = None
@@ -149,11 +154,11 @@ class ASEProcessor(ProcessorMixin):
             outputs: Anything with `saliency_maps`: a forward's or `get_image_features`' output.
             target_sizes: `(height, width)` of each photograph; the maps' own size by default.
         """
-        maps = outputs.saliency_maps
+        maps = outputs.saliency_maps.detach().float()
         if target_sizes is not None and len(target_sizes) != len(maps):
             raise ValueError(f"`target_sizes` has {len(target_sizes)} sizes for {len(maps)} saliency maps.")
         heat = []
-        for i, saliency_map in enumerate(maps.float()):
+        for i, saliency_map in enumerate(maps):
             if target_sizes is not None:
                 size = tuple(int(side) for side in target_sizes[i])
                 saliency_map = F.interpolate(saliency_map[None, None], size=size, mode="bilinear")[0, 0]
@@ -240,7 +245,9 @@ class ASEDataCollator:
             if self.max_length is not None:
                 room = self.max_length - len(prompt)
                 if room < 1:
-                    raise ValueError(f"The prompt has {len(prompt)} tokens, no room for a caption in {self.max_length}.")
+                    raise ValueError(
+                        f"The prompt has {len(prompt)} tokens, no room for a caption in {self.max_length}."
+                    )
                 answer = answer[:room]
             rows.append(prompt + answer)
             labels.append([-100] * len(prompt) + answer)

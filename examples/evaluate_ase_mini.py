@@ -140,6 +140,7 @@ def measure(model, processor, split_rows: dict, train_rows, batch_size: int) -> 
             "saliency": saliency_scores(found["map"], found["mask"]),
             "centre bias": centre_bias(found["mask"], centre),
             "tokens per second": speed,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
         }
     return figures
 
@@ -175,10 +176,11 @@ def as_markdown(figures: dict) -> str:
     lines.append(
         "| generated tokens per second | " + " | ".join(f"{figures[n]['tokens per second']:.0f}" for n in names) + " |"
     )
+    parameters = next(iter(figures.values()))["parameters"]
     pictures = ", ".join(f"{figures[n]['pictures']} pictures {n}" for n in names)
     return (
         "\n".join(lines)
-        + f"\n\nText metrics: {PROTOCOL}. Measured on {pictures}; speed on {torch.get_num_threads()} CPU thread(s)."
+        + f"\n\nText metrics: {PROTOCOL}. Measured on {pictures}; speed on {torch.get_num_threads()} CPU thread(s). {parameters / 1e6:.2f} million parameters."
     )
 
 

@@ -25,6 +25,13 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch):
     assert namespace["trainer"].state.global_step == 3
 
 
+def test_usage_in_the_model_card_runs(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "examples/ase-mini/README.md").read_text(), re.DOTALL)
+    exec(block, {})
+    assert "generated_text" in capsys.readouterr().out
+
+
 def test_links_and_pictures_exist():
     for readme in (ROOT / "README.md", ROOT / "examples" / "ase-mini" / "README.md"):
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", readme.read_text(encoding="utf-8")):

@@ -1,0 +1,281 @@
+"""Configurations: what is refused and in which words, what each option does, what a round trip and a graft keep."""
+
+import copy
+
+import pytest
+import torch
+from conftest import FUSION, IASM, make_inputs, open_gates, tiny_base, tiny_config, tiny_model
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig
+
+from ase_mllm import ASEConfig, ASEForConditionalGeneration, IASMConfig, ImageAestheticSaliencyModule
+
+
+def tiny_iasm(**kwargs) -> ImageAestheticSaliencyModule:
+    torch.manual_seed(0)
+    return ImageAestheticSaliencyModule(IASMConfig(**{**copy.deepcopy(IASM), **kwargs})).eval()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"image_size": 100}, "`image_size` must be a positive multiple of 32, got 100"),
+        ({"image_size": 0}, "`image_size` must be a positive multiple of 32, got 0"),
+        ({"hidden_size": 10, "num_attention_heads": 3}, r"`hidden_size` \(10\) .* `num_attention_heads` \(3\)"),
+        ({"hidden_size": 0}, "`hidden_size` must be at least 4, got 0"),
+        ({"num_attention_heads": 0}, "`num_attention_heads` must be at least 1, got 0"),
+        ({"num_hidden_layers": -1}, "`num_hidden_layers` must be at least 0, got -1"),
+        ({"num_queries": 0}, "`num_queries` must be at least 1, got 0"),
+        ({"num_aspects": -2}, "`num_aspects` must be at least 0, got -2"),
+        ({"num_aspects": 2, "aspect_names": ["flat"]}, "`aspect_names` has 1 names for `num_aspects=2`"),
+        ({"image_mean": [0.5]}, r"three numbers each.*\[0.5\]"),
+        ({"image_std": [0.5, 0.0, 0.5]}, r"above 0.*\[0.5, 0.0, 0.5\]"),
+        ({"score_loss_weight": -0.5}, "`score_loss_weight` must be at least 0, got -0.5"),
+        ({"saliency_loss_weight": -0.5}, "`saliency_loss_weight` must be at least 0, got -0.5"),
+        ({"aspect_loss_weight": -0.5}, "`aspect_loss_weight` must be at least 0, got -0.5"),
+        ({"hidden_size": "32"}, "'hidden_size' expected int, got str"),
+    ],
+)
+def test_iasm_config_refuses_with_the_numbers(fields, message):
+    with pytest.raises(StrictDataclassError, match=message):
+        IASMConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"fusion_hidden_size": 10, "fusion_num_attention_heads": 4}, r"\(10\) must be a multiple of .* \(4\)"),
+        ({"fusion_hidden_size": 0}, "`fusion_hidden_size` must be at least 1, got 0"),
+        ({"fusion_num_attention_heads": 0}, "`fusion_num_attention_heads` must be at least 1, got 0"),
+        ({"fusion_layers": []}, "`fusion_layers` is empty"),
+        ({"fusion_layers": [-1, 2]}, r"counted from 0, got \[-1, 2\]"),
+        ({"fusion_layers": [1, 1]}, r"different indices .* got \[1, 1\]"),
+        ({"mllm_config": 3}, "'mllm_config'.*expected dict, got int"),
+    ],
+)
+def test_ase_config_refuses_with_the_numbers(fields, message):
+    with pytest.raises(StrictDataclassError, match=message):
+        ASEConfig(**fields)
+
+
+# What each option does --------------------------------------------------------------------------------------------
+
+
+def test_backbone_config_chooses_the_backbone():
+    pixels = make_inputs()["pixel_values"]
+    resnet = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1]}
+    iasm = tiny_iasm(backbone_config={**resnet, "out_features": ["stage2", "stage4"]})
+    assert type(iasm.backbone).__name__ == "ResNetBackbone"
+    assert len(iasm.pyramid.laterals) == 2
+    assert iasm(pixels).saliency_maps.shape == (2, 8, 8)
+    assert type(tiny_iasm().backbone).__name__ == "ConvNextV2Backbone"
+
+
+def test_default_backbone_is_small():
+    with torch.device("meta"):
+        iasm = ImageAestheticSaliencyModule(IASMConfig())
+    assert type(iasm.backbone).__name__ == "ConvNextV2Backbone"
+    assert sum(parameter.numel() for parameter in iasm.backbone.parameters()) < 3.7e6  # ConvNeXt V2 Atto
+
+
+@pytest.mark.parametrize("image_size", [32, 96])
+def test_image_size_sets_the_resolution_of_the_map(image_size):
+    outputs = tiny_iasm(image_size=image_size)(make_inputs()["pixel_values"])
+    assert outputs.saliency_maps.shape == (2, image_size // 8, image_size // 8)
+
+
+@pytest.mark.parametrize("name", ["image_mean", "image_std"])
+def test_normalisation_is_undone_by_the_configured_numbers(name):
+    pixels = torch.full((1, 3, 64, 64), 0.5)
+    iasm = tiny_iasm(image_mean=[0.1, 0.2, 0.3], image_std=[0.2, 0.4, 0.8], image_size=64)
+    expected = torch.tensor([0.2, 0.4, 0.7])
+    torch.testing.assert_close(iasm.to_rgb(pixels)[0, :, 5, 5], expected)
+    changed = tiny_iasm(**{"image_mean": [0.1, 0.2, 0.3], "image_std": [0.2, 0.4, 0.8], name: [0.25, 0.25, 0.25]})
+    assert not torch.allclose(changed.to_rgb(pixels)[0, :, 5, 5], expected)
+
+
+def test_hidden_size_and_num_queries_shape_the_tokens():
+    pixels = make_inputs()["pixel_values"]
+    assert tiny_iasm(hidden_size=16, num_queries=3)(pixels).saliency_tokens.shape == (2, 6 + 3, 16)
+    assert tiny_iasm(hidden_size=32, num_queries=1)(pixels).saliency_tokens.shape == (2, 6 + 1, 32)
+
+
+def test_num_hidden_layers_are_run():
+    pixels = make_inputs()["pixel_values"]
+    two, none = tiny_iasm(num_hidden_layers=2), tiny_iasm(num_hidden_layers=0)
+    none.load_state_dict(two.state_dict(), strict=False)  # all but the layers
+    assert len(two.layers) == 2
+    assert not torch.allclose(two(pixels).saliency_tokens, none(pixels).saliency_tokens, atol=1e-3)
+
+
+@pytest.mark.parametrize("config_name", ["iasm", "fusion"])
+def test_attention_heads_split_the_width(config_name):
+    """The same weights with another number of heads are another function."""
+    inputs = make_inputs()
+    one, four = (
+        ASEForConditionalGeneration.from_mllm_pretrained(
+            tiny_base(),
+            iasm_config={**IASM, "num_attention_heads": heads if config_name == "iasm" else 2},
+            fusion_hidden_size=16,
+            fusion_num_attention_heads=heads if config_name == "fusion" else 2,
+        )
+        for heads in (1, 4)
+    )
+    four.load_state_dict(one.state_dict())
+    for model in (open_gates(one), open_gates(four)):
+        if config_name == "iasm":  # far from uniform attention
+            model.model.iasm.query_attention.q_proj.weight.data.mul_(10)
+    assert not torch.equal(one(**inputs).logits, four(**inputs).logits)
+
+
+def test_aspects_add_a_head_and_names_give_their_number():
+    pixels = make_inputs()["pixel_values"]
+    assert tiny_iasm(aspect_names=None, num_aspects=0)(pixels).aspect_logits is None
+    assert tiny_iasm(aspect_names=None, num_aspects=5)(pixels).aspect_logits.shape == (2, 5)
+    assert IASMConfig(aspect_names=["flat", "noisy"]).num_aspects == 2
+    assert tiny_iasm(aspect_names=["flat", "noisy"])(pixels).aspect_logits.shape == (2, 2)
+
+
+@pytest.mark.parametrize("term", ["score_loss", "saliency_loss", "aspect_loss"])
+def test_loss_weights_scale_their_term(term):
+    inputs = {
+        "pixel_values": make_inputs()["pixel_values"],
+        "rating_targets": torch.eye(10)[:2],
+        "saliency_targets": torch.rand(2, 8, 8),
+        "aspect_targets": torch.ones(2, 3),
+    }
+    base = {"score_loss_weight": 1.0, "saliency_loss_weight": 1.0, "aspect_loss_weight": 1.0}
+    one, three = tiny_iasm(**base)(**inputs), tiny_iasm(**{**base, f"{term}_weight": 3.0})(**inputs)
+    assert torch.equal(one[term], three[term])  # terms are returned unweighted
+    torch.testing.assert_close(three.loss - one.loss, 2 * one[term])
+
+
+def test_initializer_range_is_the_spread_of_queries_and_token_types():
+    for deviation in (0.02, 0.5):
+        iasm = tiny_iasm(num_queries=60, initializer_range=deviation)
+        for parameter in (iasm.queries, iasm.token_types):
+            assert parameter.std().item() == pytest.approx(deviation, rel=0.1)
+
+
+def test_fusion_layers_choose_where_and_the_choice_is_written_back():
+    pixels = make_inputs()["pixel_values"]
+    default = tiny_model()
+    assert default.config.fusion_layers == [0, 1]  # layer 2 is beyond `vision_feature_layer=-2`
+    last = tiny_model(fusion_layers=[1])
+    assert [name for name, _ in last.model.fusions.named_children()] == ["1"]
+    towers = [tiny_base().model.vision_tower, last.model.vision_tower, default.model.vision_tower]
+    states = [tower(pixels, output_hidden_states=True).hidden_states for tower in towers]
+    assert torch.equal(states[0][1], states[1][1])  # the output of layer 0
+    assert not torch.equal(states[0][2], states[1][2])
+    assert not torch.equal(states[0][1], states[2][1])
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "vision_feature_layer", "expected"),
+    [(24, -2, [5, 11, 16, 22]), (24, -1, [5, 11, 17, 23]), (3, -2, [0, 1]), (3, [-3, 2], [0, 1]), (8, 3, [0, 1, 2])],
+)
+def test_default_fusion_layers_end_where_the_language_model_looks(num_layers, vision_feature_layer, expected):
+    config = tiny_config(vision_feature_layer=vision_feature_layer)
+    config.vision_config.num_hidden_layers = num_layers
+    ase_config = ASEConfig(mllm_config=config, iasm_config=IASM, **FUSION)
+    ASEForConditionalGeneration(ase_config)
+    assert ase_config.fusion_layers == expected
+
+
+def test_fusion_hidden_size_is_the_inner_width():
+    model = ASEForConditionalGeneration.from_mllm_pretrained(
+        tiny_base(), iasm_config=IASM, fusion_hidden_size=24, fusion_num_attention_heads=3
+    )
+    fusion = model.model.fusions.get_submodule("0")
+    assert fusion.attention.q_proj.weight.shape == (24, 32)
+    assert fusion.attention.head_dim == 8
+
+
+# Composite ----------------------------------------------------------------------------------------------------------
+
+
+def test_round_trip(tmp_path):
+    config = ASEConfig(mllm_config=tiny_config("siglip"), iasm_config={**IASM, "initializer_range": 0.5}, **FUSION)
+    config.fusion_layers = [1]
+    config.save_pretrained(tmp_path)
+    for loaded in (ASEConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
+        assert type(loaded) is ASEConfig
+        assert type(loaded.mllm_config) is type(config.mllm_config)
+        assert loaded.mllm_config.vision_config.model_type == "siglip_vision_model"
+        assert loaded.to_diff_dict() == config.to_diff_dict()
+        assert loaded.iasm_config.initializer_range == 0.5
+        assert loaded.iasm_config.aspect_names == IASM["aspect_names"]
+
+
+def test_iasm_config_round_trip(tmp_path):
+    config = IASMConfig(**IASM, image_mean=[0.1, 0.2, 0.3])
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert type(loaded) is IASMConfig
+    assert loaded.to_diff_dict() == config.to_diff_dict()
+
+
+def test_defaults_need_no_argument():
+    config = ASEConfig()
+    assert config.mllm_config.model_type == "llava"
+    assert type(config.iasm_config) is IASMConfig
+    assert ASEConfig(mllm_config=tiny_config().to_dict()).mllm_config.vision_config.hidden_size == 32
+
+
+def test_delegates_to_the_base_config():
+    base = tiny_config(tie_word_embeddings=True)
+    config = ASEConfig.from_mllm_config(base, iasm_config=IASM, **FUSION)
+    assert config.mllm_config is base
+    assert config.get_text_config() is config.text_config is base.text_config
+    assert config.get_text_config(decoder=True) is base.text_config
+    assert config.vision_config is base.vision_config
+    assert config.image_token_id == 4
+    assert config.tie_word_embeddings is True
+    assert ASEConfig(mllm_config=tiny_config()).tie_word_embeddings is False
+    base.video_token_id = 7
+    assert config.video_token_id == 7
+
+
+def test_the_base_model_holds_the_very_config_object():
+    model = tiny_model()
+    assert model.config.mllm_config is model.model.mllm.config
+    assert model.config.mllm_config.vision_config is model.model.vision_tower.config
+    base = tiny_base()
+    built = ASEForConditionalGeneration(ASEConfig(mllm_config=base.config.to_dict(), iasm_config=IASM, **FUSION), base)
+    assert built.config.mllm_config is base.config
+    loaded = ASEForConditionalGeneration(copy.deepcopy(model.config))
+    assert loaded.config.mllm_config is loaded.model.mllm.config
+    assert loaded.config.iasm_config is loaded.model.iasm.config
+
+
+def implementations(config) -> dict[str, str | None]:
+    parts = {"mllm": config, "vision": config.vision_config, "text": config.text_config}
+    return {name: part._attn_implementation for name, part in parts.items()}
+
+
+@pytest.mark.parametrize(
+    "attention", ["eager", "sdpa", {"": "sdpa", "vision_config": "eager", "text_config": "sdpa"}], ids=str
+)
+def test_a_live_base_keeps_its_attention(attention):
+    base = tiny_base()
+    base.set_attn_implementation(attention)
+    before = implementations(base.config)
+    assert len(set(before.values())) == (2 if isinstance(attention, dict) else 1)
+    ASEConfig.from_mllm_config(base.config, iasm_config=IASM, **FUSION)
+    assert implementations(base.config) == before
+    model = ASEForConditionalGeneration.from_mllm_pretrained(base, iasm_config=IASM, **FUSION)
+    assert implementations(model.config.mllm_config) == before
+    assert implementations(model.model.mllm.config) == before
+    assert model.config._attn_implementation == before["mllm"]
+    assert model.config.iasm_config._attn_implementation == before["mllm"]
+
+
+def test_an_explicit_attention_is_honoured():
+    base = tiny_config(attn_implementation="sdpa")
+    config = ASEConfig(mllm_config=base, iasm_config=IASM, attn_implementation="eager", **FUSION)
+    assert set(implementations(config.mllm_config).values()) == {"eager"}
+    assert config._attn_implementation == config.iasm_config._attn_implementation == "eager"
+    nested = {"mllm_config": {"": "eager", "vision_config": "sdpa", "text_config": "eager"}, "iasm_config": "eager"}
+    config = ASEConfig(mllm_config=tiny_config(), iasm_config=IASM, attn_implementation=nested, **FUSION)
+    assert implementations(config.mllm_config) == {"mllm": "eager", "vision": "sdpa", "text": "eager"}
+    assert config.iasm_config._attn_implementation == "eager"

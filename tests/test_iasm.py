@@ -1,0 +1,511 @@
+"""The saliency module: photometry and losses against slow definitions, maps, tokens, and the loss of the whole model."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ASPECTS, IASM, IMAGE_TOKENS, make_inputs, tiny_model
+
+from ase_mllm import IASMConfig, ImageAestheticSaliencyModule
+from ase_mllm.modeling_ase import (
+    IASMOutput,
+    aspect_loss,
+    photometric_maps,
+    photometric_statistics,
+    rating_loss,
+    saliency_losses,
+    saliency_map_loss,
+    weighted_caption_loss,
+)
+
+
+def photo(height: int = 64, width: int = 96, seed: int = 0) -> torch.Tensor:
+    """A smooth picture with grain and some clipping, `(1, 3, height, width)` in 0..1."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = F.interpolate(torch.rand(1, 3, 5, 7, generator=generator), (height, width), mode="bilinear")
+    return (coarse * 2.4 - 0.7 + 0.03 * torch.randn(coarse.shape, generator=generator)).clamp(0, 1)
+
+
+def tiny_iasm(**kwargs) -> ImageAestheticSaliencyModule:
+    torch.manual_seed(0)
+    return ImageAestheticSaliencyModule(IASMConfig(**{**IASM, **kwargs})).eval()
+
+
+def luma_of(pixels: np.ndarray) -> np.ndarray:
+    return 0.2126 * pixels[0] + 0.7152 * pixels[1] + 0.0722 * pixels[2]
+
+
+# Photometry against slow definitions --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def measured() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pixels `(3, h, w)`, their maps `(10, h / 8, w / 8)` and statistics `(115,)`."""
+    pixels = photo()
+    maps = photometric_maps(pixels)
+    statistics = photometric_statistics(pixels, maps)
+    assert maps.shape == (1, 10, 8, 12) and statistics.shape == (1, 115)
+    return pixels[0].double().numpy(), maps[0].double().numpy(), statistics[0].double().numpy()
+
+
+def test_maps_of_light_and_colour_by_loops(measured):
+    pixels, maps, _ = measured
+    luma = luma_of(pixels)
+    for row in range(8):
+        for column in range(12):
+            cell = slice(8 * row, 8 * row + 8), slice(8 * column, 8 * column + 8)
+            red, _, blue = (plane[cell] for plane in pixels)
+            spread = math.sqrt(max(np.mean(luma[cell] ** 2) - np.mean(luma[cell]) ** 2, 1e-6))
+            saturation = np.mean(pixels.max(0)[cell] - pixels.min(0)[cell])
+            expected = [
+                2 * np.mean(luma[cell]) - 1,
+                4 * np.mean(blue - luma[cell]),
+                4 * np.mean(red - luma[cell]),
+                2 * saturation,
+                4 * spread,
+            ]
+            np.testing.assert_allclose(maps[:4, row, column], expected[:4], atol=1e-4)
+            np.testing.assert_allclose(maps[4, row, column], expected[4], atol=2e-3)  # a difference of near equals
+
+
+def slow_detail(plane: np.ndarray, stride: int) -> np.ndarray:
+    height, width = plane.shape
+    padded = np.pad(plane, 1, mode="edge")
+    difference = np.zeros_like(plane)
+    for y in range(height):
+        for x in range(width):
+            difference[y, x] = abs(plane[y, x] - padded[y : y + 3, x : x + 3].mean())
+    cells = difference.reshape(height // stride, stride, width // stride, stride).mean((1, 3))
+    return np.log(cells + 1e-4) / 3 + 1.5
+
+
+def halved(plane: np.ndarray) -> np.ndarray:
+    return plane.reshape(plane.shape[0] // 2, 2, plane.shape[1] // 2, 2).mean((1, 3))
+
+
+def test_maps_of_detail_by_loops(measured):
+    pixels, maps, _ = measured
+    luma = luma_of(pixels)
+    finest, finer, coarse = slow_detail(luma, 8), slow_detail(halved(luma), 4), slow_detail(halved(halved(luma)), 2)
+    colour = (slow_detail(pixels[2] - luma, 8) + slow_detail(pixels[0] - luma, 8)) / 2
+    expected = np.stack([finest, finer, coarse, colour, 2 * (finest - finer)])
+    np.testing.assert_allclose(maps[5:], expected, atol=1e-4)
+
+
+def test_blur_and_noise_move_the_maps_of_detail_apart():
+    sharp = photo()
+    blurred = F.avg_pool2d(F.pad(sharp, (2, 2, 2, 2), mode="replicate"), 5, 1)
+    noisy = (sharp + 0.1 * torch.randn(sharp.shape, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
+    finest = [photometric_maps(pixels)[:, 5].mean().item() for pixels in (blurred, sharp, noisy)]
+    assert finest[0] < finest[1] - 0.1 < finest[2] - 0.2
+
+
+def test_tones_and_clipping_by_sorting(measured):
+    pixels, _, statistics = measured
+    luma = luma_of(pixels[:, ::2, ::2])
+    tones = sorted(luma.flatten())
+    ranks = [0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.995]
+    np.testing.assert_allclose(statistics[:11], [2 * tones[int(r * (len(tones) - 1))] - 1 for r in ranks], atol=1e-5)
+    bright, dark = (
+        sum(1 for tone in tones if condition(tone)) / len(tones)
+        for condition in (lambda tone: tone > 0.98, lambda tone: tone < 0.02)
+    )
+    assert bright > 0 and dark > 0
+    np.testing.assert_allclose(statistics[11:13], [4 * bright, 4 * dark], atol=1e-5)
+
+
+def test_mean_spread_and_levels_of_the_maps(measured):
+    _, maps, statistics = measured
+    cells = maps.reshape(10, -1)
+    np.testing.assert_allclose(statistics[13:23], cells.mean(1), atol=1e-5)
+    np.testing.assert_allclose(statistics[23:33], cells.std(1, ddof=1), atol=1e-5)
+    levels = [sorted(row)[int(r * (len(row) - 1))] for row in cells[1:] for r in (0.02, 0.1, 0.5, 0.9, 0.98)]
+    np.testing.assert_allclose(statistics[33:78], levels, atol=1e-5)
+
+
+def test_colour_by_tone_by_loops(measured):
+    pixels, _, statistics = measured
+    small = pixels[:, ::2, ::2]
+    luma = luma_of(small)
+    sums, weights = np.zeros((4, 2)), np.zeros(4)
+    for y in range(luma.shape[0]):
+        for x in range(luma.shape[1]):
+            tone = luma[y, x]
+            colour = np.array([small[2, y, x] - tone, small[0, y, x] - tone])
+            here = [0.35 - tone, 0.3 - abs(tone - 0.5), tone - 0.65, 0.15 - np.abs(colour).max()]
+            for i, weight in enumerate(here):
+                sums[i] += (max(weight, 0) + 1e-4) * colour
+                weights[i] += max(weight, 0) + 1e-4
+    means = sums / weights[:, None]
+    np.testing.assert_allclose(statistics[78:84], 4 * means[:3].flatten(), atol=1e-4)
+    np.testing.assert_allclose(statistics[84:86], 8 * means[3], atol=1e-4)
+
+
+def test_falloff_by_loops(measured):
+    _, maps, statistics = measured
+    light = (maps[0] + 1) / 2
+    edges = (0.0, 0.3, 0.5, 0.65, 0.8, 1.01)
+    regions: list[list[float]] = [[] for _ in range(9)]
+    for row in range(8):
+        for column in range(12):
+            y, x = -1 + 2 * row / 7, -1 + 2 * column / 11
+            radius = math.sqrt((x * x + y * y) / 2)
+            for ring in range(5):
+                if edges[ring] <= radius < edges[ring + 1]:
+                    regions[ring].append(light[row, column])
+            if radius >= 0.8:
+                regions[5 + 2 * (x > 0) + (y > 0)].append(light[row, column])
+    expected = [math.log(np.mean(region) + 0.02) - math.log(light.mean() + 0.02) for region in regions]
+    np.testing.assert_allclose(statistics[86:95], expected, atol=1e-4)
+
+
+def test_edge_directions_by_loops(measured):
+    pixels, _, statistics = measured
+    luma = luma_of(pixels[:, ::2, ::2])
+    padded = np.pad(luma, 1, mode="edge")
+    moments, total = np.zeros(10, dtype=complex), 0.0
+    for y in range(luma.shape[0]):
+        for x in range(luma.shape[1]):
+            dy = padded[y + 2, x + 1] - padded[y, x + 1]
+            dx = padded[y + 1, x + 2] - padded[y + 1, x]
+            size = dx * dx + dy * dy
+            total += size
+            for i, order in enumerate((2, 4, 8, 12, 16, 20, 24, 28, 32, 36)):
+                moments[i] += size * np.exp(1j * order * math.atan2(dy, dx))
+    moments = 3 * moments / (total + 1e-4)
+    np.testing.assert_allclose(statistics[95:].reshape(10, 2), np.stack([moments.real, moments.imag], 1), atol=1e-3)
+
+
+def test_a_tilt_turns_the_phase_of_the_edges():
+    def phase(degrees: float) -> float:
+        y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
+        angle = math.radians(degrees)
+        stripes = torch.sin((y * math.cos(angle) - x * math.sin(angle)) * 0.2) / 2 + 0.5
+        pixels = stripes.expand(1, 3, 64, 64)
+        real, imaginary = photometric_statistics(pixels, photometric_maps(pixels))[0, 95:97].tolist()
+        return math.degrees(math.atan2(imaginary, real)) % 360  # of twice the angle
+
+    assert phase(0) == pytest.approx(180, abs=1)
+    assert phase(5) == pytest.approx(190, abs=1)
+    assert phase(-5) == pytest.approx(170, abs=1)
+
+
+# Pixels -------------------------------------------------------------------------------------------------------------
+
+
+def test_to_rgb_undoes_the_normalisation():
+    iasm = tiny_iasm()
+    mean, std = (torch.tensor(getattr(iasm.config, f"image_{name}")).view(1, 3, 1, 1) for name in ("mean", "std"))
+    pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(iasm.to_rgb((pixels - mean) / std), pixels, rtol=0, atol=1e-6)
+    assert iasm.to_rgb(torch.full((1, 3, 64, 64), 100.0)).max() == 1
+    assert iasm.to_rgb(torch.full((1, 3, 64, 64), -100.0)).min() == 0
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((64, 64), (64, 64)),
+        ((32, 32), (64, 64)),
+        ((48, 96), (32, 96)),
+        ((500, 100), (128, 32)),
+        ((10, 400), (32, 416)),
+    ],
+)
+def test_images_are_resized_to_one_area_in_their_own_shape(size, expected):
+    iasm = tiny_iasm()
+    pixels = iasm.to_rgb(torch.zeros(1, 3, *size))
+    assert pixels.shape[-2:] == expected
+    assert iasm(torch.zeros(1, 3, *size)).saliency_maps.shape == (1, expected[0] // 8, expected[1] // 8)
+
+
+def test_shrinking_averages():
+    stripes = torch.zeros(1, 3, 256, 256)
+    stripes[..., ::4] = 1.0
+    iasm = tiny_iasm(image_mean=[0.0] * 3, image_std=[1.0] * 3)
+    torch.testing.assert_close(iasm.to_rgb(stripes)[..., 8:-8], torch.full((1, 3, 64, 48), 0.25), rtol=0, atol=0.02)
+
+
+# Maps and tokens ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_maps_are_probabilities(dtype):
+    outputs = tiny_iasm().to(dtype)(torch.randn(3, 3, 48, 80, generator=torch.Generator().manual_seed(0)))
+    assert outputs.saliency_maps.shape == (3, 8, 12) and outputs.saliency_maps.dtype == torch.float32
+    assert outputs.saliency_maps.min() > 0
+    torch.testing.assert_close(outputs.saliency_maps.sum((1, 2)), torch.ones(3))
+    assert outputs.saliency_tokens.shape == (3, 8, 32) and outputs.saliency_tokens.dtype == dtype
+    assert outputs.score_logits.shape == (3, 10) and outputs.aspect_logits.shape == (3, len(ASPECTS))
+    assert outputs.loss is None
+
+
+def normalised(iasm: ImageAestheticSaliencyModule, pixels: torch.Tensor) -> torch.Tensor:
+    mean, std = (torch.tensor(getattr(iasm.config, f"image_{name}")).view(1, 3, 1, 1) for name in ("mean", "std"))
+    return (pixels - mean) / std
+
+
+@pytest.mark.parametrize("fault", ["dark", "cast"])
+def test_absolute_light_and_colour_reach_the_tokens(fault):
+    """Also where the backbone, whose layers normalise, says nothing at all; each token by itself."""
+    iasm = tiny_iasm(num_hidden_layers=0)
+    for name, parameter in iasm.named_parameters():
+        if "laterals" in name:
+            parameter.data.zero_()
+    plain = photo(64, 64)
+    changed = plain * (0.5 if fault == "dark" else torch.tensor([1.0, 0.9, 0.7]).view(1, 3, 1, 1))
+    tokens, other = (iasm(normalised(iasm, pixels)).saliency_tokens for pixels in (plain, changed))
+    moved = (tokens - other).abs().amax((0, 2))
+    assert moved[[0, 1, 2, 6, 7]].min() > 1e-3  # pooled features and queries
+    assert moved[4:6].min() > 0.1  # the two of photometry
+
+
+def test_the_map_steers_the_pooled_tokens():
+    """Features are pooled under the map, around it and everywhere."""
+    iasm = tiny_iasm(num_hidden_layers=0)
+    seen = {}
+    iasm.norm.register_forward_pre_hook(lambda module, args: seen.update(tokens=args[0]))
+    features = torch.randn(1, 32, 8, 8, generator=torch.Generator().manual_seed(0))
+    saliency_map = torch.zeros(1, 8, 8)
+    saliency_map[0, 2, 3], saliency_map[0, 5, 5] = 0.75, 0.25
+    iasm.make_tokens(features, saliency_map, torch.zeros(1, 115))
+    pooled = seen["tokens"][0, :3] - iasm.token_types[:3]
+    subject = 0.75 * features[0, :, 2, 3] + 0.25 * features[0, :, 5, 5]
+    weights = 1 - saliency_map[0] / 0.75
+    ground = (features[0] * weights).sum((1, 2)) / weights.sum()
+    torch.testing.assert_close(pooled, torch.stack([subject, ground, features[0].mean((1, 2))]), rtol=1e-4, atol=1e-5)
+
+
+def test_the_place_of_the_map_reaches_its_geometry_token():
+    iasm = tiny_iasm()
+    left, right = torch.zeros(2, 1, 8, 8)
+    left[0, 4, 1] = right[0, 4, 6] = 1.0
+    features, statistics = torch.zeros(1, 32, 8, 8), torch.zeros(1, 115)
+    tokens = [iasm.make_tokens(features, saliency_map, statistics) for saliency_map in (left, right)]
+    assert (tokens[0] - tokens[1])[0, 3].abs().max() > 0.1
+
+
+# Losses against slow definitions ------------------------------------------------------------------------------------
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def slow_rating_loss(logits: np.ndarray, targets: np.ndarray) -> float:
+    distances = []
+    for row, target in zip(logits, targets):
+        if target.sum() == 0:
+            continue
+        shares, target = np.exp(row) / np.exp(row).sum(), target / target.sum()
+        distances.append(sum((shares[: k + 1].sum() - target[: k + 1].sum()) ** 2 for k in range(10)) / 10)
+    return sum(distances) / len(distances)
+
+
+def test_rating_loss_is_the_squared_earth_movers_distance():
+    logits, targets = random(4, 10), random(4, 10, seed=1).abs()
+    targets[2] = 0  # not rated
+    expected = slow_rating_loss(logits.double().numpy(), targets.double().numpy())
+    assert rating_loss(logits, targets).item() == pytest.approx(expected, rel=1e-5)
+    certain = torch.eye(10)[[3]]
+    assert rating_loss(certain * 100, certain).item() == pytest.approx(0, abs=1e-9)
+    near, far = (rating_loss(torch.eye(10)[[i]] * 100, certain).item() for i in (4, 9))
+    assert near == pytest.approx(0.1) and far == pytest.approx(0.6)
+
+
+def slow_map_loss(maps: np.ndarray, targets: np.ndarray) -> float:
+    losses = []
+    for saliency_map, target in zip(maps, targets):
+        if target.sum() == 0:
+            continue
+        target = target / target.sum()
+        divergence = sum(
+            q * math.log((q + 1e-8) / (p + 1e-8)) for p, q in zip(saliency_map.flat, target.flat) if q > 0
+        )
+        losses.append(divergence - np.corrcoef(saliency_map.flat, target.flat)[0, 1])
+    return sum(losses) / len(losses)
+
+
+def test_saliency_map_loss_is_divergence_less_correlation():
+    maps = random(3, 48).softmax(-1).view(3, 6, 8)
+    targets = random(3, 6, 8, seed=1).clamp(min=0) * 17  # any scale
+    targets[1] = 0  # no truth
+    expected = slow_map_loss(maps.double().numpy(), targets.double().numpy())
+    assert saliency_map_loss(maps, targets).item() == pytest.approx(expected, rel=1e-4)
+    assert saliency_map_loss(maps, maps).item() == pytest.approx(-1, abs=1e-4)
+    finer = targets.repeat_interleave(4, 1).repeat_interleave(3, 2)  # targets come in their own resolution
+    assert saliency_map_loss(maps, finer).item() == pytest.approx(expected, rel=1e-4)
+
+
+def slow_aspect_loss(logits: np.ndarray, targets: np.ndarray) -> float:
+    losses = []
+    for logit, target in zip(logits.flat, targets.flat):
+        if target >= 0:
+            probability = 1 / (1 + math.exp(-logit))
+            losses.append(-target * math.log(probability) - (1 - target) * math.log(1 - probability))
+    return sum(losses) / len(losses)
+
+
+def test_aspect_loss_is_the_cross_entropy_of_what_is_known():
+    logits = random(2, 3)
+    targets = torch.tensor([[0.0, 1.0, -1.0], [0.3, -1.0, 1.0]])
+    expected = slow_aspect_loss(logits.double().numpy(), targets.double().numpy())
+    assert aspect_loss(logits, targets).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("loss", "predicted", "nothing"),
+    [
+        (rating_loss, random(2, 10), torch.zeros(2, 10)),
+        (saliency_map_loss, random(2, 4, 4), torch.zeros(2, 4, 4)),
+        (aspect_loss, random(2, 3), -torch.ones(2, 3)),
+    ],
+)
+def test_without_any_truth_a_term_is_zero_and_so_is_its_gradient(loss, predicted, nothing):
+    raw = predicted.clone().requires_grad_()
+    value = loss(raw.flatten(1).softmax(-1).view_as(raw) if loss is saliency_map_loss else raw, nothing)
+    value.backward()
+    assert value.item() == 0
+    assert torch.equal(raw.grad, torch.zeros_like(raw))
+
+
+def test_targets_of_the_wrong_shape_are_refused_with_the_shapes():
+    with pytest.raises(ValueError, match=r"`rating_targets` has shape \(2, 5\), the model predicts \(2, 10\)"):
+        rating_loss(torch.zeros(2, 10), torch.ones(2, 5))
+    with pytest.raises(ValueError, match=r"`aspect_targets` has shape \(1, 3\), the model predicts \(2, 3\)"):
+        aspect_loss(torch.zeros(2, 3), torch.ones(1, 3))
+    with pytest.raises(ValueError, match="`saliency_targets` has 3 maps for 2 images"):
+        saliency_map_loss(torch.ones(2, 4, 4) / 16, torch.ones(3, 4, 4))
+    with pytest.raises(ValueError, match=r"`iasm_config.num_aspects=0`"):
+        saliency_losses(IASMConfig(), IASMOutput(), aspect_targets=torch.ones(2, 3))
+    with pytest.raises(ValueError, match=r"`caption_weights` has shape \(3,\) for 2 samples"):
+        weighted_caption_loss(torch.zeros(2, 4, 9), torch.zeros(2, 4, dtype=torch.long), torch.ones(3))
+
+
+# The loss of the whole model ----------------------------------------------------------------------------------------
+
+
+def training_inputs(batch_size: int = 2) -> dict[str, torch.Tensor]:
+    inputs = make_inputs(batch_size)
+    labels = inputs["input_ids"].clone()
+    labels[:, : 1 + IMAGE_TOKENS] = -100
+    generator = torch.Generator().manual_seed(3)
+    return {
+        **inputs,
+        "labels": labels,
+        "rating_targets": torch.rand(batch_size, 10, generator=generator),
+        "saliency_targets": torch.rand(batch_size, 16, 16, generator=generator),
+        "aspect_targets": torch.randint(0, 2, (batch_size, 3), generator=generator).float(),
+    }
+
+
+TERMS = {"rating_targets": "score_loss", "saliency_targets": "saliency_loss", "aspect_targets": "aspect_loss"}
+
+
+@pytest.mark.parametrize("given", [[], ["rating_targets"], ["saliency_targets"], ["aspect_targets"], list(TERMS)])
+@pytest.mark.parametrize("with_labels", [True, False])
+def test_each_term_counts_where_its_targets_are_given(given, with_labels):
+    inputs = training_inputs()
+    model = tiny_model(iasm_config={**IASM, "score_loss_weight": 2.0, "saliency_loss_weight": 0.5})
+    for name in TERMS:
+        if name not in given:
+            inputs.pop(name)
+    labels = inputs.pop("labels")
+    if with_labels:
+        inputs["labels"] = labels
+    outputs = model(**inputs)
+    weights = {"rating_targets": 2.0, "saliency_targets": 0.5, "aspect_targets": 1.0}
+    parts = [weights[name] * outputs[TERMS[name]] for name in given]
+    for name, term in TERMS.items():
+        assert (getattr(outputs, term) is not None) == (name in given)
+    assert (outputs.caption_loss is not None) == with_labels
+    if with_labels:
+        parts.append(outputs.caption_loss)
+        expected = F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        torch.testing.assert_close(outputs.caption_loss, expected)
+    if parts:
+        torch.testing.assert_close(outputs.loss, sum(parts))
+    else:
+        assert outputs.loss is None
+
+
+def test_targets_without_an_image_are_refused():
+    inputs = training_inputs()
+    inputs.pop("pixel_values")
+    inputs["input_ids"] = torch.full((2, 5), 7)
+    for name in ("labels", "attention_mask", "aspect_targets"):
+        inputs.pop(name)
+    with pytest.raises(ValueError, match=r"\['rating_targets', 'saliency_targets'\] are given, but no image was"):
+        tiny_model()(**inputs)
+
+
+def test_ratings_of_some_samples_only():
+    inputs = training_inputs()
+    model = tiny_model()
+    alone = model(**{name: tensor[:1] for name, tensor in inputs.items()})
+    inputs["rating_targets"][1] = 0
+    inputs["saliency_targets"][1] = 0
+    inputs["aspect_targets"][1] = -1
+    together = model(**inputs)
+    for term in TERMS.values():
+        torch.testing.assert_close(together[term], alone[term], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_losses_of_micro_batches_add_up(weighted):
+    """As the `Trainer` accumulates gradients: each micro-batch knows the target tokens of the whole step."""
+    inputs = training_inputs(batch_size=4)
+    if weighted:
+        inputs["caption_weights"] = torch.tensor([1.0, 0.0, 2.5, 0.5])
+    model = tiny_model()
+    whole = model(**inputs)
+    count = (inputs["labels"][:, 1:] != -100).sum()
+    halves = [
+        model(**{name: tensor[half] for name, tensor in inputs.items()}, num_items_in_batch=count)
+        for half in (slice(0, 2), slice(2, 4))
+    ]
+    torch.testing.assert_close(halves[0].loss + halves[1].loss, whole.loss)
+    torch.testing.assert_close(model(**inputs, num_items_in_batch=count).loss, whole.loss)
+    torch.testing.assert_close(model(**inputs, num_items_in_batch=count.item()).loss, whole.loss)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_captions_of_different_length_add_up_by_token(weighted):
+    inputs = training_inputs(batch_size=3)
+    for name in TERMS:
+        inputs.pop(name)
+    inputs["labels"][0, -4:] = -100
+    if weighted:
+        inputs["caption_weights"] = torch.tensor([0.5, 2.0, 1.0])
+    model = tiny_model()
+    count = (inputs["labels"][:, 1:] != -100).sum()
+    assert count == 2 + 6 + 6
+    parts = [
+        model(**{name: tensor[i : i + 1] for name, tensor in inputs.items()}, num_items_in_batch=count).loss
+        for i in range(3)
+    ]
+    torch.testing.assert_close(sum(parts), model(**inputs).loss, rtol=1e-4, atol=1e-5)
+
+
+def test_caption_weights():
+    inputs = training_inputs()
+    for name in TERMS:
+        inputs.pop(name)
+    model = tiny_model()
+    plain = model(**inputs)
+    assert plain.caption_loss is plain.loss
+    ones = model(**inputs, caption_weights=torch.ones(2))
+    torch.testing.assert_close(ones.loss, plain.loss)
+    torch.testing.assert_close(model(**inputs, caption_weights=torch.full((2,), 3.0)).loss, 3 * plain.loss)
+    first = model(**inputs, caption_weights=torch.tensor([1.0, 0.0]))
+    inputs["labels"][1, -6:] = 42  # what a sample of weight 0 says is not heard
+    assert torch.equal(model(**inputs, caption_weights=torch.tensor([1.0, 0.0])).loss, first.loss)
+    model.zero_grad()
+    first.loss.backward()
+    alone = {name: inputs[name][:1] for name in inputs}
+    gradient = model.get_output_embeddings().weight.grad.clone()
+    model.zero_grad()
+    model(**alone).loss.backward()
+    torch.testing.assert_close(gradient, model.get_output_embeddings().weight.grad / 2, rtol=1e-4, atol=1e-6)

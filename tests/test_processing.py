@@ -1,0 +1,331 @@
+"""Processor and collator: the base's processor inside, prompts, training batches, maps and scores to look at."""
+
+import copy
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from conftest import ASPECTS, IMAGE_TOKENS, tiny_model, tiny_processor
+from PIL import Image
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoProcessor, AutoTokenizer, LlavaProcessor
+from transformers.modeling_outputs import ModelOutput
+
+from ase_mllm import ASEDataCollator, ASEProcessor
+from ase_mllm.processing_ase import AESTHETIC_PROMPTS
+
+
+def photo(colour: str = "orange", size: tuple[int, int] = (40, 30)) -> Image.Image:
+    return Image.new("RGB", size, colour)
+
+
+def with_bos(processor: ASEProcessor) -> ASEProcessor:
+    """Begins every text with <s>, as Llama's tokenizer does."""
+    template = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    processor.tokenizer._tokenizer.post_processor = template
+    return processor
+
+
+# The base's processor inside --------------------------------------------------------------------------------------
+
+
+def test_it_prepares_inputs_as_the_base_processor_does(processor):
+    base = processor.base_processor
+    text = ["<image> Critique this photograph", "<image> what is good ?"]
+    arguments = {"images": [[photo()], [photo("navy")]], "text": text, "padding": True, "return_tensors": "pt"}
+    ours, theirs = processor(**arguments), base(**arguments)
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert (ours["input_ids"] == processor.image_token_id).sum(1).tolist() == [IMAGE_TOKENS] * 2
+    assert processor.tokenizer is base.tokenizer and processor.image_processor is base.image_processor
+    assert processor.model_input_names == base.model_input_names
+    assert processor.unused_input_names == base.unused_input_names
+    ids = [[5, 6, 7], [8, 9, 2]]
+    assert processor.batch_decode(ids) == base.batch_decode(ids) and processor.decode(ids[0]) == base.decode(ids[0])
+    assert processor.post_process_image_text_to_text(ids) == base.post_process_image_text_to_text(ids)
+    expected = base._get_num_multimodal_tokens(image_sizes=[(30, 40)])
+    assert processor._get_num_multimodal_tokens(image_sizes=[(30, 40)]) == expected
+
+
+def test_the_chat_template_is_that_of_the_base(processor):
+    assert processor.chat_template == processor.base_processor.chat_template
+    processor.chat_template = "another"
+    assert processor.base_processor.chat_template == "another"
+
+
+@pytest.mark.parametrize("make_copy", [copy.deepcopy, copy.copy, lambda p: pickle.loads(pickle.dumps(p))])
+def test_copies_work(processor, make_copy):
+    twin = make_copy(processor)
+    assert twin.aspect_names == ASPECTS and twin.critique_prompt() == processor.critique_prompt()
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        _ = twin.no_such_thing
+
+
+@pytest.mark.parametrize("loader", [ASEProcessor, AutoProcessor])
+def test_round_trip(loader, processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    loaded = loader.from_pretrained(tmp_path)
+    assert type(loaded) is ASEProcessor and type(loaded.base_processor) is LlavaProcessor
+    assert loaded.aspect_names == ASPECTS
+    assert loaded.to_dict() == processor.to_dict()
+    assert loaded.chat_template == processor.chat_template
+    arguments = {"images": photo(), "text": "<image> good , wrong", "return_tensors": "pt"}
+    ours, theirs = loaded(**arguments), processor(**arguments)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    loaded.save_pretrained(tmp_path / "again")
+    for name in ("processor_config.json", "tokenizer.json", "chat_template.jinja", "processing_ase.py"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes(), name
+
+
+def test_the_folder_names_both_classes_and_carries_the_code(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "processor_config.json").read_text())
+    assert saved["processor_class"] == "ASEProcessor" and saved["base_processor_class"] == "LlavaProcessor"
+    assert saved["auto_map"] == {"AutoProcessor": "processing_ase.ASEProcessor"}
+    assert saved["image_processor"]["size"] == {"height": 32, "width": 32}
+    assert "class ASEProcessor" in (tmp_path / "processing_ase.py").read_text()
+    assert type(AutoTokenizer.from_pretrained(tmp_path)) is type(processor.tokenizer)
+
+
+@pytest.mark.parametrize("aspect_names", [None, ["flat"]])
+def test_it_wraps_the_processor_of_a_base_folder(aspect_names, processor, tmp_path):
+    processor.base_processor.save_pretrained(tmp_path)
+    named = {} if aspect_names is None else {"aspect_names": aspect_names}
+    wrapped = ASEProcessor.from_pretrained(tmp_path, **named)
+    assert type(wrapped.base_processor) is LlavaProcessor
+    assert wrapped.aspect_names == (aspect_names or [])
+    wrapped.save_pretrained(tmp_path / "saved")
+    assert ASEProcessor.from_pretrained(tmp_path / "saved").aspect_names == (aspect_names or [])
+
+
+def test_aspect_names_can_be_given_when_loading(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    assert ASEProcessor.from_pretrained(tmp_path, aspect_names=["flat"]).aspect_names == ["flat"]
+
+
+def test_an_unknown_base_processor_is_named(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    path = tmp_path / "processor_config.json"
+    path.write_text(path.read_text().replace("LlavaProcessor", "NoSuchProcessor"))
+    with pytest.raises(ValueError, match=r"'NoSuchProcessor' of .* is not in transformers"):
+        ASEProcessor.from_pretrained(tmp_path)
+
+
+# Prompts ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("aspect", [*AESTHETIC_PROMPTS, "Is it any good ?"])
+def test_prompts_hold_one_image_and_the_wording(processor, aspect):
+    text = AESTHETIC_PROMPTS.get(aspect, aspect)
+    assert processor.critique_prompt(aspect) == f"<image> {text} "
+    processor.chat_template = None
+    assert processor.critique_prompt(aspect) == f"<image>\n{text}\n"
+    assert processor.critique_prompt() == f"<image>\n{AESTHETIC_PROMPTS['critique']}\n"
+
+
+@pytest.mark.parametrize("in_template", [False, True], ids=["bare", "bos_in_template"])
+@pytest.mark.parametrize("in_tokenizer", [False, True], ids=["bare", "bos_in_tokenizer"])
+def test_prompt_tokens_are_those_of_the_chat_template(processor, in_template, in_tokenizer):
+    """Whoever adds it, a text begins with one <s> at most."""
+    if in_tokenizer:
+        with_bos(processor)
+    if in_template:
+        processor.chat_template = "{{ bos_token }}" + processor.chat_template
+    content = [{"type": "image", "image": photo()}, {"type": "text", "text": AESTHETIC_PROMPTS["critique"]}]
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    chat = processor.apply_chat_template([{"role": "user", "content": content}], **options)
+    prompt = processor(images=photo(), text=processor.critique_prompt(), return_tensors="pt")
+    assert torch.equal(prompt["input_ids"], chat["input_ids"])
+    assert torch.equal(prompt["pixel_values"], chat["pixel_values"])
+    assert (prompt["input_ids"] == 1).sum() == (in_template or in_tokenizer)
+
+
+# Training batches ---------------------------------------------------------------------------------------------------
+
+
+def examples() -> list[dict]:
+    return [
+        {"image": photo(), "caption": "good , blurred ."},
+        {"image": photo("navy"), "caption": "wrong", "prompt": "<image> what is good ?"},
+    ]
+
+
+def answers(batch) -> list[list[int]]:
+    return [labels[labels != -100].tolist() for labels in batch["labels"]]
+
+
+@pytest.mark.parametrize("bos", [False, True], ids=["no_bos", "bos"])
+def test_labels_are_what_generation_has_to_write(processor, bos):
+    if bos:
+        with_bos(processor)
+    batch = ASEDataCollator(processor)(examples())
+    prompts = [processor.critique_prompt(), "<image> what is good ?"]
+    for i, (prompt, caption) in enumerate(zip(prompts, ("good , blurred .", "wrong"))):
+        expected = processor(images=examples()[i]["image"], text=prompt, return_tensors="pt")
+        ids = batch["input_ids"][i][batch["attention_mask"][i].bool()].tolist()
+        answer = processor.tokenizer(caption, add_special_tokens=False)["input_ids"] + [2]
+        assert ids == expected["input_ids"][0].tolist() + answer
+        assert answers(batch)[i] == answer
+        assert torch.equal(batch["pixel_values"][i], expected["pixel_values"][0])
+    shift = batch["labels"] != -100
+    assert torch.equal(batch["labels"][shift], batch["input_ids"][shift])
+    assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
+    assert (batch["input_ids"][batch["attention_mask"] == 0] == processor.tokenizer.pad_token_id).all()
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "pixel_values"}
+
+
+def test_a_model_that_learned_the_labels_generates_the_caption(processor):
+    """The claim itself: teacher-forced and generated tokens have the same context."""
+    batch = ASEDataCollator(processor)([{"image": photo(), "caption": "good , wrong ."}])
+    model = tiny_model().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(40):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    prompt = processor(images=photo(), text=processor.critique_prompt(), return_tensors="pt")
+    tokens = model.eval().generate(**prompt, max_new_tokens=20, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert tokens.tolist() == answers(batch)[0]
+    assert tokens[-1] == 2  # it learned to stop
+
+
+def test_padding_side_does_not_matter(processor):
+    left = ASEDataCollator(processor)(examples())
+    processor.tokenizer.padding_side = "right"
+    right = ASEDataCollator(processor)(examples())
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_long_captions_are_cut_and_long_prompts_refused(processor):
+    whole = ASEDataCollator(processor)(examples()[:1])
+    length = whole["input_ids"].shape[1]
+    cut = ASEDataCollator(processor, max_length=length - 2)(examples()[:1])
+    assert torch.equal(cut["input_ids"], whole["input_ids"][:, : length - 2])
+    assert answers(cut)[0] == answers(whole)[0][:-2]
+    prompt = length - len(answers(whole)[0])
+    with pytest.raises(ValueError, match=f"The prompt has {prompt} tokens, no room for a caption in {prompt}"):
+        ASEDataCollator(processor, max_length=prompt)(examples()[:1])
+    assert len(answers(ASEDataCollator(processor, max_length=prompt + 1)(examples()[:1]))[0]) == 1
+
+
+def test_missing_targets_are_marked_as_such(processor):
+    rated, plain = examples()
+    rated |= {
+        "rating": [0, 0, 0, 0, 0.5, 0.5, 0, 0, 0, 0],
+        "saliency": np.eye(4),
+        "aspect_labels": [1, 0, -1],
+        "caption_weight": 0.25,
+    }
+    batch = ASEDataCollator(processor)([plain, rated])
+    assert batch["rating_targets"].tolist() == [[0.0] * 10, rated["rating"]]
+    assert torch.equal(batch["saliency_targets"], torch.stack([torch.zeros(4, 4), torch.eye(4)]))
+    assert batch["aspect_targets"].tolist() == [[-1.0] * 3, [1.0, 0.0, -1.0]]
+    assert batch["caption_weights"].tolist() == [1.0, 0.25]
+    model = tiny_model()
+    outputs, alone = model(**batch), model(**ASEDataCollator(processor)([rated]))
+    for term in ("score_loss", "saliency_loss", "aspect_loss"):
+        torch.testing.assert_close(outputs[term], alone[term], rtol=1e-4, atol=1e-5)
+
+
+def test_targets_of_different_shape_are_refused(processor):
+    first, second = examples()
+    with pytest.raises(ValueError, match=r"`saliency` has different shapes in one batch: \[\(2, 2\), \(4, 4\)\]"):
+        ASEDataCollator(processor)([first | {"saliency": np.eye(4)}, second | {"saliency": np.eye(2)}])
+
+
+def test_several_images_a_sample(processor):
+    two = {
+        "images": [photo(), photo("navy")],
+        "prompt": "<image> <image> what is wrong ?",
+        "caption": "blurred",
+        "rating": np.eye(10)[4],
+    }
+    batch = ASEDataCollator(processor)([two, examples()[0]])
+    assert batch["pixel_values"].shape[0] == 3
+    assert (batch["input_ids"] == processor.image_token_id).sum(1).tolist() == [2 * IMAGE_TOKENS, IMAGE_TOKENS]
+    assert batch["rating_targets"].argmax(1).tolist() == [4, 4, 0]
+    assert batch["rating_targets"].sum(1).tolist() == [1, 1, 0]
+    outputs = tiny_model()(**batch)
+    assert outputs.saliency_maps.shape[0] == 3 and outputs.loss.isfinite()
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
+def test_images_of_every_mode_become_rgb(processor, mode):
+    image = photo("white").convert(mode)
+    batch = ASEDataCollator(processor)([{"image": image, "caption": "good"}])
+    expected = ASEDataCollator(processor)([{"image": photo("white"), "caption": "good"}])
+    assert torch.equal(batch["pixel_values"], expected["pixel_values"])
+
+
+# Maps and scores ----------------------------------------------------------------------------------------------------
+
+
+def outputs_of(**fields) -> ModelOutput:
+    return ModelOutput(**fields)
+
+
+def test_saliency_is_scaled_to_the_photograph(processor):
+    maps = torch.zeros(2, 2, 4)
+    maps[0, 0, 0], maps[0, 1, 3], maps[1] = 0.8, 0.2, 1 / 8
+    outputs = outputs_of(saliency_maps=maps)
+    own = processor.post_process_saliency(outputs)
+    assert torch.equal(own[0], maps[0] / 0.8) and torch.equal(own[1], torch.ones(2, 4))
+    heat = processor.post_process_saliency(outputs, target_sizes=[(10, 40), torch.tensor([30, 20])])
+    assert [tuple(one.shape) for one in heat] == [(10, 40), (30, 20)]
+    assert all(one.min() >= 0 and one.max() == 1 for one in heat)
+    assert heat[0][0, 0] == 1 and heat[0][-1, -1] == pytest.approx(0.25)
+    half = processor.post_process_saliency(outputs_of(saliency_maps=maps.bfloat16()))
+    assert half[0].dtype == torch.float32
+    with pytest.raises(ValueError, match="`target_sizes` has 1 sizes for 2 saliency maps"):
+        processor.post_process_saliency(outputs, target_sizes=[(10, 40)])
+
+
+def test_overlay_colours_hot_places_and_keeps_cold_ones(processor):
+    image = photo("green", (20, 10))
+    heat = torch.zeros(10, 20)
+    heat[:, 10:] = 1.0
+    overlay = processor.overlay_saliency(image, heat)
+    assert overlay.size == (20, 10) and overlay.mode == "RGB"
+    assert overlay.getpixel((0, 0)) == image.getpixel((0, 0))
+    hot = 0.35 * np.array(image.getpixel((15, 5))) + 0.65 * np.array([250, 193, 39])
+    np.testing.assert_allclose(overlay.getpixel((15, 5)), hot, atol=1)
+    assert processor.overlay_saliency(image, heat, opacity=0.0).tobytes() == image.tobytes()
+    assert processor.overlay_saliency(image.convert("L"), heat).size == (20, 10)
+    with pytest.raises(ValueError, match=r"The heat map is \(10, 20\), the photograph \(20, 10\)"):
+        processor.overlay_saliency(photo(size=(10, 20)), heat)
+
+
+def test_scores_are_means_and_deviations_of_ratings(processor):
+    shares = torch.tensor([[0.1, 0, 0, 0.2, 0, 0.3, 0, 0, 0.4, 0], [0] * 9 + [1.0]])
+    scores = processor.post_process_scores(outputs_of(score_logits=(shares + 1e-12).log()))
+    ratings = np.repeat(np.arange(1, 11), (shares[0] * 10).int())
+    assert scores[0] == {
+        "mean": pytest.approx(ratings.mean(), abs=1e-4),
+        "std": pytest.approx(ratings.std(), abs=1e-4),
+    }
+    assert scores[1] == {"mean": pytest.approx(10), "std": pytest.approx(0, abs=1e-3)}
+    flat = processor.post_process_scores(outputs_of(score_logits=torch.zeros(1, 10)))
+    assert flat[0]["mean"] == pytest.approx(5.5)
+
+
+def test_aspects_are_named_probabilities(processor):
+    logits = torch.tensor([[0.0, 100.0, -100.0]])
+    aspects = processor.post_process_aspects(outputs_of(aspect_logits=logits))
+    assert aspects == [{"underexposed": 0.5, "blurred": 1.0, "tilted": pytest.approx(0, abs=1e-6)}]
+    assert processor.post_process_aspects(outputs_of(saliency_maps=torch.ones(2, 2, 2))) == [{}, {}]
+    processor.aspect_names = ["flat"]
+    with pytest.raises(ValueError, match="The model has 3 aspects, the processor names 1"):
+        processor.post_process_aspects(outputs_of(aspect_logits=logits))
+
+
+def test_outputs_of_the_model_are_understood(model):
+    processor = tiny_processor()
+    inputs = processor(images=[photo(), photo("navy")], text=[processor.critique_prompt()] * 2, return_tensors="pt")
+    for outputs in (model(**inputs), model.get_image_features(inputs["pixel_values"])):
+        heat = processor.post_process_saliency(outputs, target_sizes=[(30, 40)] * 2)
+        assert [tuple(one.shape) for one in heat] == [(30, 40)] * 2
+        assert processor.overlay_saliency(photo(), heat[0]).size == (40, 30)
+        assert all(1 <= score["mean"] <= 10 for score in processor.post_process_scores(outputs))
+        assert [list(aspects) for aspects in processor.post_process_aspects(outputs)] == [ASPECTS] * 2
