@@ -1,7 +1,7 @@
 """
 Measures the bundled model on held-out photographs and cut-outs, and writes the figures into its model card.
 
-    python examples/evaluate_ase_mini.py                                   # the card's figures, about ten minutes on a CPU
+    python examples/evaluate_ase_mini.py                                   # the card's figures, a few minutes on a CPU
     python examples/evaluate_ase_mini.py --samples 40 --no-card            # a look
 
 The pictures come from the critique generator's test split, so no photograph and no cut-out was seen in training. Needs
@@ -38,7 +38,7 @@ PROTOCOL = "all five references; lower-case words, no punctuation; pycocoevalcap
 @torch.inference_mode()
 def caption_set(model, processor, rows, batch_size: int) -> tuple[dict, float]:
     """Captions, scores, maps and truths of all rows, and generated tokens per second."""
-    found = {name: [] for name in ("caption", "references", "labels", "score", "rating", "map", "mask")}
+    found = {name: [] for name in ("caption", "references", "labels", "composite", "score", "rating", "map", "mask")}
     tokens, seconds = 0, 0.0
     prompt = processor.critique_prompt()
     for start in tqdm(range(0, len(rows), batch_size)):
@@ -60,6 +60,7 @@ def caption_set(model, processor, rows, batch_size: int) -> tuple[dict, float]:
         for row in batch:
             found["references"].append(row["references"])
             found["labels"].append(dict(zip(FAULTS, row["aspect_labels"])))
+            found["composite"].append(row["composite"])
             found["rating"].append(float(np.dot(row["rating"], np.arange(1, 11))))
             found["mask"].append(np.asarray(row["saliency"], dtype=np.float32))
     return found, tokens / seconds
@@ -125,11 +126,13 @@ def measure(model, processor, split_rows: dict, train_rows, batch_size: int) -> 
     for name, rows in split_rows.items():
         found, speed = caption_set(model, processor, rows, batch_size)
         rates = fault_rates(found["caption"], found["labels"])
+        pasted = [index for index, composite in enumerate(found["composite"]) if composite]
+        placed = fault_rates([found["caption"][i] for i in pasted], [found["labels"][i] for i in pasted])["placement"]
         macro = [rates[aspect] for aspect in ASPECT_FAULTS if aspect not in APART]
         shuffled = found["references"][1:] + found["references"][:1]  # rows are independent: the next is a wrong photo
         figures[name] = {
             "pictures": len(rows),
-            "aspects": rates,
+            "aspects": {**rates, "placement, composites": placed},
             "macro recall": _mean([recall for recall, _, _ in macro]),
             "largest false alarm": max(alarm for _, alarm, _ in macro),
             "text": text_scores(found["caption"], found["references"]),
@@ -150,7 +153,7 @@ def as_markdown(figures: dict) -> str:
     names = list(figures)
     lines = ["| aspect | " + " | ".join(f"recall, {n} | false alarms | faults" for n in names) + " |"]
     lines.append("|---" * (1 + 3 * len(names)) + "|")
-    for aspect in ASPECT_FAULTS:
+    for aspect in figures[names[0]]["aspects"]:
         cells = [f"{r:.0%} | {a:.1%} | {n}" for r, a, n in (figures[name]["aspects"][aspect] for name in names)]
         lines.append(f"| {aspect.replace('_', ' ')} | " + " | ".join(cells).replace("nan%", "-") + " |")
     macro = [f"{figures[n]['macro recall']:.0%} | at most {figures[n]['largest false alarm']:.1%} | " for n in names]
@@ -218,7 +221,7 @@ def write_card(path: Path, figures: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(BUNDLE))
-    parser.add_argument("--samples", type=int, default=1000, help="pictures of each set")
+    parser.add_argument("--samples", type=int, default=800, help="pictures of each set")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--sources", type=Path, help="folder with the photographs and cut-outs")

@@ -9,6 +9,7 @@ Stages (each starts from what the one before left in `--work`):
     language  the language model alone: the wording of critiques, no pictures
     joint     the whole model end to end with all loss terms; on two cores faster with
               `torchrun --nproc-per-node 2 examples/train_ase_mini.py --stage joint`
+    critique  captions again, weaker faults and more subjects, with the saliency module as it is
 """
 
 import argparse
@@ -38,10 +39,11 @@ from ase_mllm import ASEDataCollator, ASEForConditionalGeneration, ASEProcessor,
 
 BUNDLE = Path(__file__).parent / "ase-mini"
 IMAGE_SIZE, PATCH_SIZE = 192, 32
-STAGES = ("iasm", "language", "joint")
-SAMPLES = {"iasm": 64_000, "language": 16_000, "joint": 80_000}
-LEARNING_RATES = {"iasm": 1.5e-3, "language": 1e-3, "joint": 1e-3}
-SALIENCY_LOSS_WEIGHTS = {"iasm": 0.3, "language": 0.0, "joint": 1.0}
+STAGES = ("iasm", "language", "joint", "critique")
+SAMPLES = {"iasm": 64_000, "language": 16_000, "joint": 76_000, "critique": 19_000}
+LEARNING_RATES = {"iasm": 1.5e-3, "language": 1e-3, "joint": 1e-3, "critique": 5e-4}
+SALIENCY_LOSS_WEIGHTS = {"iasm": 0.3, "language": 0.0, "joint": 1.0, "critique": 1.0}
+OPTIONS = {"critique": {"strength": (1.0, 1.6), "composite_share": 0.6}}
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}{% for item in message['content'] %}"
     "{% if item['type'] == 'image' %}<image>{% else %}{{ item['text'] }}{% endif %}{% endfor %}\n"
@@ -202,9 +204,10 @@ def parameter_groups(model: torch.nn.Module, learning_rate: float) -> list[dict]
 
 def training_rows(stage: str, num_samples: int, sources: LoadedSources, args) -> Dataset:
     """Every picture is new: each stage has a seed of its own. With `--pool`, that many are made first and come round."""
+    options = {"seed": args.seed + STAGES.index(stage), "sources": sources, **OPTIONS.get(stage, {})}
     if not args.pool:
-        return critique_dataset("train", num_samples, seed=args.seed + STAGES.index(stage), sources=sources)
-    return critique_pool("train", args.pool, seed=args.seed, sources=sources, num_proc=args.workers or None)
+        return critique_dataset("train", num_samples, **options)
+    return critique_pool("train", args.pool, num_proc=args.workers or None, **options)
 
 
 def train_stage(stage: str, model: ASEForConditionalGeneration, processor: ASEProcessor, sources, args) -> None:
@@ -213,15 +216,19 @@ def train_stage(stage: str, model: ASEForConditionalGeneration, processor: ASEPr
         "iasm": (model.model.iasm, SaliencyCollator(processor)),
         "language": (model.model.mllm, LanguageCollator(processor)),
     }.get(stage, (model, ASEDataCollator(processor)))
+    model.requires_grad_(True)
+    if stage == "critique":
+        model.model.iasm.requires_grad_(False)
     model.config.iasm_config.saliency_loss_weight = SALIENCY_LOSS_WEIGHTS[stage]
     samples = args.samples or SAMPLES[stage]
-    steps = max(1, samples // (args.batch_size * int(os.environ.get("WORLD_SIZE", "1"))))
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    steps = max(1, samples // (args.batch_size * processes))
     learning_rate = LEARNING_RATES[stage]
     folder = args.work / f"{stage}-checkpoints"
     arguments = TrainingArguments(
         output_dir=str(folder),
         use_cpu=not torch.cuda.is_available(),  # said aloud, or processes on CPUs train each a model of its own
-        ddp_backend=None if torch.cuda.is_available() else "gloo",
+        ddp_backend="gloo" if processes > 1 and not torch.cuda.is_available() else None,
         max_steps=steps,
         per_device_train_batch_size=args.batch_size,
         learning_rate=learning_rate,

@@ -1,0 +1,231 @@
+"""Configuration of ASE-MLLM (arXiv 2509.04378): a vision-language model, a saliency module and where they meet.
+
+The paper publishes no sizes; every default below is this project's own choice.
+"""
+
+from os import PathLike
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+
+class _SavedWithCode(PreTrainedConfig):
+    """A configuration whose folder also loads where this package is not installed, with `trust_remote_code=True`."""
+
+    _auto_class = "AutoConfig"  # with it, transformers copies this file and what it imports relatively, here and below
+
+    def save_pretrained(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs):
+        # all names each time: one that came from the Hub would still point there
+        self.auto_map = {
+            auto: f"{part.__module__.rsplit('.', 1)[-1]}.{part.__name__}"
+            for auto, part in self._auto_classes().items()
+        }
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+
+@strict
+class IASMConfig(_SavedWithCode):
+    r"""
+    Configuration of the image aesthetic saliency module (IASM).
+
+    Args:
+        backbone_config:
+            Any backbone that `AutoBackbone` knows; its feature maps are merged at stride 8.
+        image_size:
+            Side in pixels of the square whose area the image is resized to (its aspect ratio is kept); a multiple of 32.
+        image_mean, image_std:
+            The normalisation that the base's image processor applied, three numbers each. The module undoes it, because
+            exposure and colour casts can only be judged on absolute values.
+        hidden_size:
+            Width of the saliency tokens.
+        num_queries:
+            Learned aspect queries (colour, light, composition, ...), one token each.
+        num_hidden_layers, num_attention_heads:
+            Transformer layers that let the tokens exchange what they found.
+        num_aspects, aspect_names:
+            Size and names of the multi-label aspect head; 0 leaves it out.
+        score_loss_weight, saliency_loss_weight, aspect_loss_weight:
+            Weights of the squared earth mover's distance of the ratings, of KL - CC of the map, and of the binary
+            cross-entropy of the aspects. Each term only counts where its targets are given.
+        initializer_range:
+            Standard deviation of the learned queries and token types at the start.
+    """
+
+    model_type = "ase_iasm"
+    base_config_key = "iasm_config"
+    sub_configs_defaults = {
+        "backbone_config": SubConfigSpec(
+            config_class=AutoConfig,
+            model_type="convnextv2",
+            init_kwargs={
+                "hidden_sizes": [32, 64, 128, 192],
+                "depths": [1, 1, 2, 1],
+                "out_features": ["stage1", "stage2", "stage3", "stage4"],
+            },
+        )
+    }
+
+    backbone_config: dict | PreTrainedConfig | None = None
+    image_size: int = 256
+    image_mean: list[float] | tuple[float, ...] = tuple(OPENAI_CLIP_MEAN)
+    image_std: list[float] | tuple[float, ...] = tuple(OPENAI_CLIP_STD)
+    hidden_size: int = 192
+    num_queries: int = 8
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 6
+    num_aspects: int = 0
+    aspect_names: list[str] | tuple[str, ...] | None = None
+    score_loss_weight: float = 1.0
+    saliency_loss_weight: float = 0.3
+    aspect_loss_weight: float = 1.0
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.aspect_names is not None and self.num_aspects == 0:
+            self.num_aspects = len(self.aspect_names)
+
+    def validate_architecture(self):
+        """Part of `@strict`: refuses sizes that do not fit each other."""
+        _check_at_least(self, 4, "hidden_size")
+        _check_at_least(self, 1, "num_queries", "num_attention_heads")
+        _check_at_least(self, 0, "num_hidden_layers", "num_aspects")
+        _check_at_least(self, 0, "score_loss_weight", "saliency_loss_weight", "aspect_loss_weight")
+        if self.image_size < 32 or self.image_size % 32:
+            raise ValueError(f"`image_size` must be a positive multiple of 32, got {self.image_size}.")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"`hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads` "
+                f"({self.num_attention_heads})."
+            )
+        if len(self.image_mean) != 3 or len(self.image_std) != 3 or min(self.image_std) <= 0:
+            raise ValueError(
+                "`image_mean` and `image_std` take three numbers each, the standard deviations above 0; got "
+                f"{list(self.image_mean)} and {list(self.image_std)}."
+            )
+        if self.aspect_names is not None and len(self.aspect_names) != self.num_aspects:
+            raise ValueError(
+                f"`aspect_names` has {len(self.aspect_names)} names for `num_aspects={self.num_aspects}`."
+            )
+
+    def _auto_classes(self) -> dict[str, type]:
+        from .modeling_ase import ImageAestheticSaliencyModule
+
+        return {"AutoConfig": IASMConfig, "AutoModel": ImageAestheticSaliencyModule}
+
+
+@strict
+class ASEConfig(_SavedWithCode):
+    r"""
+    Configuration of ASE-MLLM: any image-text-to-text model with an image aesthetic saliency module.
+
+    Args:
+        mllm_config:
+            Configuration of the base vision-language model. The base model keeps this very object.
+        iasm_config:
+            An `IASMConfig` or its fields.
+        fusion_layers:
+            Indices (from 0) of the vision encoder's layers after which the patches attend to the saliency tokens.
+            `None` spreads up to four over the layers whose output the language model can see; the model writes the
+            choice back, so that a saved config always names them.
+        fusion_hidden_size, fusion_num_attention_heads:
+            Inner width and heads of that cross-attention.
+    """
+
+    model_type = "ase"
+    sub_configs_defaults = {
+        "mllm_config": SubConfigSpec(config_class=AutoConfig, model_type="llava"),
+        "iasm_config": SubConfigSpec(config_class=IASMConfig),
+    }
+
+    mllm_config: dict | PreTrainedConfig | None = None
+    iasm_config: dict | PreTrainedConfig | None = None
+    fusion_layers: list[int] | None = None
+    fusion_hidden_size: int = 256
+    fusion_num_attention_heads: int = 8
+
+    def __post_init__(self, **kwargs):
+        # NOTE: building a composite sets the attention of all its parts to None. A live base would then run with another
+        # mask, so its choices are kept unless the caller names one.
+        live = isinstance(self.mllm_config, PreTrainedConfig) and kwargs.get("attn_implementation") is None
+        kept = [(config, _implementations(config)) for config in _tree(self.mllm_config)] if live else []
+        super().__post_init__(**kwargs)
+        for config, implementations in kept:
+            config.__dict__.update(implementations)
+        # The tying is the base's; saying it here too makes every outside reader see the same.
+        self.tie_word_embeddings = self.mllm_config.tie_word_embeddings
+
+    def validate_architecture(self):
+        """Part of `@strict`: refuses sizes and layers that cannot be."""
+        _check_at_least(self, 1, "fusion_hidden_size", "fusion_num_attention_heads")
+        if self.fusion_hidden_size % self.fusion_num_attention_heads:
+            raise ValueError(
+                f"`fusion_hidden_size` ({self.fusion_hidden_size}) must be a multiple of "
+                f"`fusion_num_attention_heads` ({self.fusion_num_attention_heads})."
+            )
+        if self.fusion_layers is not None:
+            if not self.fusion_layers:
+                raise ValueError("`fusion_layers` is empty: name at least one encoder layer, or leave it `None`.")
+            if min(self.fusion_layers) < 0 or len(set(self.fusion_layers)) != len(self.fusion_layers):
+                raise ValueError(
+                    f"`fusion_layers` must be different indices counted from 0, got {self.fusion_layers}."
+                )
+
+    @classmethod
+    def from_mllm_config(cls, config: PreTrainedConfig, **kwargs: Any) -> "ASEConfig":
+        """Wraps the configuration of a vision-language model; `kwargs` are fields of `ASEConfig`."""
+        return cls(mllm_config=config, **kwargs)
+
+    def _auto_classes(self) -> dict[str, type]:
+        from .modeling_ase import ASEForConditionalGeneration, ASEModel
+        from .processing_ase import ASEProcessor
+
+        return {
+            "AutoConfig": ASEConfig,
+            "AutoModel": ASEModel,
+            "AutoModelForImageTextToText": ASEForConditionalGeneration,
+            "AutoModelForMultimodalLM": ASEForConditionalGeneration,
+            "AutoProcessor": ASEProcessor,
+        }
+
+    def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
+        return self.mllm_config.get_text_config(*args, **kwargs)
+
+    @property
+    def text_config(self) -> PreTrainedConfig:
+        return self.mllm_config.get_text_config()
+
+    @property
+    def vision_config(self) -> PreTrainedConfig:
+        return self.mllm_config.vision_config
+
+    @property
+    def image_token_id(self) -> int:
+        return self.mllm_config.image_token_id
+
+    @property
+    def video_token_id(self) -> int:
+        return self.mllm_config.video_token_id
+
+
+def _check_at_least(config: PreTrainedConfig, least: int, *names: str):
+    for name in names:
+        if getattr(config, name) < least:
+            raise ValueError(f"`{name}` must be at least {least}, got {getattr(config, name)}.")
+
+
+def _tree(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    """The config and all configs inside it."""
+    parts = [getattr(config, name, None) for name in config.sub_configs]
+    return [config, *(inner for part in parts if part is not None for inner in _tree(part))]
+
+
+def _implementations(config: PreTrainedConfig) -> dict[str, Any]:
+    names = ("_attn_implementation_internal", "_experts_implementation_internal")
+    return {name: config.__dict__.get(name) for name in names}
+
+
+__all__ = ["ASEConfig", "IASMConfig"]

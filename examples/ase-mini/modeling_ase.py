@@ -1,0 +1,1117 @@
+"""ASE-MLLM: a vision-language model of transformers whose image encoder sees with a saliency module.
+
+After "Aesthetic Image Captioning with Saliency Enhanced MLLMs" (arXiv 2509.04378), which names the parts (IASM, IAS-ViT,
+MLLM) and their connection (cross-attention in the image encoder). It publishes no internals: all that is inside the parts
+is this project's own design. The zero-initialised tanh gate is Flamingo's (arXiv 2204.14198).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from os import PathLike
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import (
+    MODEL_FOR_BACKBONE_MAPPING,
+    AutoBackbone,
+    AutoModelForImageTextToText,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.image_processing_base import ImageProcessingMixin
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.output_capturing import CompileableContextVar
+
+from .configuration_ase import ASEConfig, IASMConfig
+
+
+SALIENCY_STRIDE = 8  # pixels of the IASM's input per position of the saliency map
+
+
+@dataclass
+class IASMOutput(ModelOutput):
+    r"""
+    What the image aesthetic saliency module says of `n` images.
+
+    Args:
+        loss: Weighted sum of the terms below whose targets were given.
+        saliency_tokens: `(n, num_tokens, hidden_size)`, what the encoder's patches attend to.
+        saliency_maps: `(n, h, w)`, probabilities over positions: each map sums to 1.
+        score_logits: `(n, 10)`, logits of the ratings 1 to 10.
+        aspect_logits: `(n, num_aspects)`, one independent logit an aspect.
+        score_loss, saliency_loss, aspect_loss: The unweighted terms.
+    """
+
+    loss: torch.Tensor | None = None
+    saliency_tokens: torch.Tensor | None = None
+    saliency_maps: torch.Tensor | None = None
+    score_logits: torch.Tensor | None = None
+    aspect_logits: torch.Tensor | None = None
+    score_loss: torch.Tensor | None = None
+    saliency_loss: torch.Tensor | None = None
+    aspect_loss: torch.Tensor | None = None
+
+
+@dataclass
+class ASEModelOutputWithPast(ModelOutput):
+    r"""
+    Output of `ASEModel`: the language model's hidden states and what the IASM saw.
+
+    Args:
+        last_hidden_state: `(batch, sequence, hidden_size)`.
+        image_hidden_states: The projected image features, in the base's form.
+        saliency_maps, score_logits, aspect_logits: See `IASMOutput`; `None` without an image.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: Any = None
+    saliency_maps: torch.Tensor | None = None
+    score_logits: torch.Tensor | None = None
+    aspect_logits: torch.Tensor | None = None
+
+
+@dataclass
+class ASECausalLMOutputWithPast(ModelOutput):
+    r"""
+    Output of `ASEForConditionalGeneration`.
+
+    Args:
+        loss: `caption_loss` plus the weighted saliency terms whose targets were given.
+        logits: `(batch, sequence, vocab_size)`.
+        image_hidden_states: The projected image features, in the base's form.
+        saliency_maps, score_logits, aspect_logits: See `IASMOutput`; `None` without an image.
+        caption_loss, score_loss, saliency_loss, aspect_loss: The unweighted terms of `loss`.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: Any = None
+    saliency_maps: torch.Tensor | None = None
+    score_logits: torch.Tensor | None = None
+    aspect_logits: torch.Tensor | None = None
+    caption_loss: torch.Tensor | None = None
+    score_loss: torch.Tensor | None = None
+    saliency_loss: torch.Tensor | None = None
+    aspect_loss: torch.Tensor | None = None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Photometry: absolute light, colour, detail and line directions, which normalisation layers would throw away
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _colour_planes(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """RGB `(n, 3, h, w)` to luma `(n, 1, h, w)` and the colour differences B - Y, R - Y `(n, 2, h, w)`."""
+    weights = pixels.new_tensor([0.2126, 0.7152, 0.0722]).view(1, 3, 1, 1)
+    luma = (pixels * weights).sum(1, keepdim=True)
+    return luma, torch.cat([pixels[:, 2:3] - luma, pixels[:, 0:1] - luma], dim=1)
+
+
+def _detail(plane: torch.Tensor, stride: int) -> torch.Tensor:
+    """Log mean absolute difference from the 3x3 mean, per cell of `stride` pixels, about -1 to 1."""
+    padded = F.pad(plane, (1, 1, 1, 1), mode="replicate")
+    return (F.avg_pool2d((plane - F.avg_pool2d(padded, 3, 1)).abs(), stride) + 1e-4).log() / 3 + 1.5
+
+
+def photometric_maps(pixels: torch.Tensor) -> torch.Tensor:
+    """
+    Local photometry of RGB images in 0..1 `(n, 3, h, w)`, `h` and `w` multiples of 32.
+
+    Returns `(n, 10, h / 8, w / 8)`: luma, two colour differences, saturation, spread of luma, luma detail at three
+    scales, colour detail, and how fast detail falls from the finest scale to the next.
+    """
+    luma, chroma = _colour_planes(pixels)
+    mean = F.avg_pool2d(luma, SALIENCY_STRIDE)
+    spread = (F.avg_pool2d(luma.square(), SALIENCY_STRIDE) - mean.square()).clamp(min=1e-6).sqrt()
+    saturation = pixels.amax(1, keepdim=True) - pixels.amin(1, keepdim=True)
+    half = F.avg_pool2d(luma, 2)
+    details = [
+        _detail(luma, SALIENCY_STRIDE),
+        _detail(half, SALIENCY_STRIDE // 2),
+        _detail(F.avg_pool2d(half, 2), SALIENCY_STRIDE // 4),
+    ]
+    maps = [
+        mean * 2 - 1,
+        F.avg_pool2d(chroma, SALIENCY_STRIDE) * 4,
+        F.avg_pool2d(saturation, SALIENCY_STRIDE) * 2,
+        spread * 4,
+        *details,
+        _detail(chroma, SALIENCY_STRIDE).mean(1, keepdim=True),
+        (details[0] - details[1]) * 2,
+    ]
+    return torch.cat(maps, dim=1)
+
+
+def photometric_statistics(pixels: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    """
+    Photometry of whole images: RGB in 0..1 `(n, 3, h, w)` and their `photometric_maps`, to `(n, 115)`.
+
+    In order: quantiles and clipping of luma, mean and spread of all maps, quantiles of colour, saturation and detail,
+    colour by tone, brightness from the centre to the corners, and the directions of edges.
+    """
+    luma, chroma = _colour_planes(pixels[:, :, ::2, ::2])
+    tones = luma.flatten(1).sort(dim=1).values
+    ranks = [0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.995]
+    tones_at = tones[:, [int(rank * (tones.shape[1] - 1)) for rank in ranks]]
+    clipped = torch.cat([(luma > 0.98).float().flatten(2).mean(2), (luma < 0.02).float().flatten(2).mean(2)], dim=1)
+
+    cells = maps.flatten(2)
+    levels = cells[:, 1:].sort(dim=2).values  # without luma, whose tones are finer
+    levels_at = levels[:, :, [int(rank * (levels.shape[2] - 1)) for rank in (0.02, 0.1, 0.5, 0.9, 0.98)]].flatten(1)
+
+    # colour where the picture is dark, middling and bright: a cast tints all tones, an object only its own
+    tone_weights = torch.cat([(0.35 - luma), 0.3 - (luma - 0.5).abs(), (luma - 0.65)], dim=1).clamp(min=0) + 1e-4
+    colour_by_tone = torch.einsum("nthw,nchw->ntc", tone_weights, chroma) / tone_weights.sum((2, 3)).unsqueeze(-1)
+    neutral = (0.15 - chroma.abs().amax(1, keepdim=True)).clamp(min=0) + 1e-4
+    neutral_colour = (neutral * chroma).sum((2, 3)) / neutral.sum((2, 3))
+
+    return torch.cat(
+        [
+            tones_at * 2 - 1,
+            clipped * 4,
+            cells.mean(2),
+            cells.std(2),
+            levels_at,
+            colour_by_tone.flatten(1) * 4,
+            neutral_colour * 8,
+            _falloff(maps[:, 0]),
+            _edge_directions(luma),
+        ],
+        dim=1,
+    )
+
+
+def _falloff(luma: torch.Tensor) -> torch.Tensor:
+    """Brightness of five rings and four corners against the whole, `(n, h, w)` in -1..1 to `(n, 9)`."""
+    height, width = luma.shape[1:]
+    y = torch.linspace(-1, 1, height, device=luma.device).view(-1, 1)
+    x = torch.linspace(-1, 1, width, device=luma.device).view(1, -1)
+    radius = ((x.square() + y.square()) / 2).sqrt()
+    edges = (0.0, 0.3, 0.5, 0.65, 0.8, 1.01)
+    regions = [(radius >= low) & (radius < high) for low, high in pairwise(edges)]
+    regions += [(radius >= 0.8) & (x * sx > 0) & (y * sy > 0) for sx in (-1, 1) for sy in (-1, 1)]
+    regions = torch.stack(regions).flatten(1).float()
+    light = ((luma + 1) / 2).flatten(1)
+    means = light @ (regions / regions.sum(1, keepdim=True)).T
+    return (means + 0.02).log() - (light.mean(1, keepdim=True) + 0.02).log()
+
+
+def _edge_directions(luma: torch.Tensor) -> torch.Tensor:
+    """Circular moments of gradient directions, `(n, 1, h, w)` to `(n, 20)`; a tilt turns their phase."""
+    dx = F.pad(luma, (1, 1, 1, 1), mode="replicate")
+    dy = dx[..., 2:, 1:-1] - dx[..., :-2, 1:-1]
+    dx = dx[..., 1:-1, 2:] - dx[..., 1:-1, :-2]
+    size = (dx.square() + dy.square()).flatten(1)
+    angle = torch.atan2(dy, dx).flatten(1)
+    moments = []
+    for order in (2, 4, 8, 12, 16, 20, 24, 28, 32, 36):
+        moments += [(size * (order * angle).cos()).sum(1), (size * (order * angle).sin()).sum(1)]
+    return torch.stack(moments, dim=1) / (size.sum(1, keepdim=True) + 1e-4) * 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class SaliencyAttention(nn.Module):
+    """Multi-head attention of one sequence over another, `(n, p, query_size)` over `(n, t, context_size)`."""
+
+    is_causal = False
+
+    def __init__(
+        self, config: ASEConfig | IASMConfig, query_size: int, context_size: int, hidden_size: int, num_heads: int
+    ):
+        super().__init__()
+        self.config = config
+        self.head_dim = hidden_size // num_heads
+        self.scaling = self.head_dim**-0.5
+        self.q_proj = nn.Linear(query_size, hidden_size)
+        self.k_proj = nn.Linear(context_size, hidden_size)
+        self.v_proj = nn.Linear(context_size, hidden_size)
+        self.o_proj = nn.Linear(hidden_size, query_size)
+
+    def forward(self, hidden_states: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        query, key, value = (
+            states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for states in (self.q_proj(hidden_states), self.k_proj(context), self.v_proj(context))
+        )
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, _ = attention_interface(self, query, key, value, attention_mask=None, scaling=self.scaling)
+        return self.o_proj(output.flatten(2))
+
+
+class SaliencyCrossAttention(nn.Module):
+    """
+    Lets an encoder's patches attend to the saliency tokens of their own image, behind a gate that starts shut.
+
+    Saliency is added, never a mask: aesthetics needs the background too.
+    """
+
+    def __init__(self, config: ASEConfig, hidden_size: int):
+        super().__init__()
+        tokens_size = config.iasm_config.hidden_size
+        self.norm = nn.LayerNorm(hidden_size)
+        self.tokens_norm = nn.LayerNorm(tokens_size)
+        self.attention = SaliencyAttention(
+            config, hidden_size, tokens_size, config.fusion_hidden_size, config.fusion_num_attention_heads
+        )
+        self.gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, hidden_states: torch.Tensor, saliency_tokens: torch.Tensor) -> torch.Tensor:
+        """Patches `(n, p, hidden_size)` and tokens `(n, t, tokens_size)` to patches; gate 0 returns them as they are."""
+        dtype = self.norm.weight.dtype
+        attended = self.attention(self.norm(hidden_states.to(dtype)), self.tokens_norm(saliency_tokens.to(dtype)))
+        return hidden_states + (self.gate.tanh() * attended).to(hidden_states.dtype)
+
+
+class SaliencyFusions(nn.Module):
+    """The cross-attentions of all fusion layers, by the index of the encoder layer that they follow."""
+
+    # NOTE: not a ModuleList: PEFT's `modules_to_save` copies whole modules and refuses lists
+    def __init__(self, config: ASEConfig, hidden_sizes: dict[int, int]):
+        super().__init__()
+        for layer, hidden_size in hidden_sizes.items():
+            self.add_module(str(layer), SaliencyCrossAttention(config, hidden_size))
+
+    def forward(self, layer: int, hidden_states: torch.Tensor, saliency_tokens: torch.Tensor) -> torch.Tensor:
+        return self.get_submodule(str(layer))(hidden_states, saliency_tokens)
+
+
+class SaliencyTokenLayer(nn.Module):
+    """Pre-norm transformer layer over the saliency tokens of one image, `(n, t, hidden_size)`."""
+
+    def __init__(self, config: IASMConfig):
+        super().__init__()
+        size = config.hidden_size
+        self.attention_norm = nn.LayerNorm(size)
+        self.attention = SaliencyAttention(config, size, size, size, config.num_attention_heads)
+        self.mlp_norm = nn.LayerNorm(size)
+        self.mlp = nn.Sequential(nn.Linear(size, 2 * size), nn.GELU(), nn.Linear(2 * size, size))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        normed = self.attention_norm(tokens)
+        tokens = tokens + self.attention(normed, normed)
+        return tokens + self.mlp(self.mlp_norm(tokens))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The image aesthetic saliency module
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ASEPreTrainedModel(PreTrainedModel):
+    """Initialisation and capabilities shared by the saliency module and the whole model."""
+
+    config: ASEConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _skip_keys_device_placement = ["past_key_values"]
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # transformers skips `_init_weights` of parameterless modules of custom code, native sub-models included, and
+        # the weights that such a module initialises for its children would stay empty. Ours only uses `init.*`, so the
+        # precaution is not needed.
+        return False
+
+    def save_pretrained(self, save_directory: str | PathLike, *args, save_original_format: bool = False, **kwargs):
+        # Some bases have other names in their files than in memory. The `Trainer` resumes by `load_state_dict()`, which
+        # would skip those without an error, so the names in memory are saved; `from_pretrained` reads both.
+        super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, SaliencyCrossAttention):
+            init.zeros_(module.gate)
+        elif isinstance(module, ImageAestheticSaliencyModule):
+            init.normal_(module.queries, std=self.config.initializer_range)
+            init.normal_(module.token_types, std=self.config.initializer_range)
+
+
+class SaliencyPyramid(nn.Module):
+    """Merges a backbone's feature maps and the photometric maps at stride 8: `(n, size, h / 8, w / 8)`."""
+
+    def __init__(self, channels: list[int], num_maps: int, size: int):
+        super().__init__()
+        self.laterals = nn.ModuleList([nn.Conv2d(width, size, 1) for width in channels])
+        self.photometry = nn.Conv2d(num_maps, size, 3, padding=1)
+        self.merge = nn.Conv2d(size, size, 3, padding=1, groups=size)
+        self.output = nn.Conv2d(size, size, 1)
+
+    def forward(self, feature_maps: tuple[torch.Tensor, ...], maps: torch.Tensor) -> torch.Tensor:
+        grid = maps.shape[-2:]
+        merged = self.photometry(maps)
+        for lateral, features in zip(self.laterals, feature_maps):
+            finer = features.shape[-1] > grid[-1]
+            features = F.adaptive_avg_pool2d(features, grid) if finer else features
+            features = lateral(features)
+            if features.shape[-2:] != grid:
+                features = F.interpolate(features, size=grid, mode="bilinear", align_corners=False)
+            merged = merged + features
+        return self.output(F.gelu(self.merge(F.gelu(merged))))
+
+
+class ImageAestheticSaliencyModule(ASEPreTrainedModel):
+    """
+    IASM: what is salient in a photograph, how it is lit and built, and how it would be rated.
+
+    A multi-scale backbone and photometric maps give two pyramids at stride 8, one for the saliency map and one for the
+    tokens, so that supervising the map does not bend the features that judge sharpness. The tokens are: features pooled
+    under the map, around it and everywhere; the map's place and extent; the photometry of the whole; learned queries.
+    """
+
+    config: IASMConfig
+    config_class = IASMConfig
+    base_model_prefix = "iasm"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = False
+
+    num_maps = 10
+    num_statistics = 115
+    num_geometry = 24
+
+    def __init__(self, config: IASMConfig):
+        super().__init__(config)
+        size = config.hidden_size
+        self.backbone = _build_backbone(config.backbone_config)
+        self.map_pyramid = SaliencyPyramid(self.backbone.channels, self.num_maps, size)
+        self.map_head = nn.Sequential(
+            nn.Conv2d(size + 5, size // 4, 1), nn.GELU(), nn.Conv2d(size // 4, 1, 3, padding=1)
+        )
+        self.pyramid = SaliencyPyramid(self.backbone.channels, self.num_maps, size)
+        self.geometry = nn.Sequential(nn.Linear(self.num_geometry, size), nn.GELU(), nn.Linear(size, size))
+        self.photometry = nn.Sequential(
+            nn.Linear(self.num_statistics, 2 * size), nn.GELU(), nn.Linear(2 * size, 2 * size)
+        )
+        self.queries = nn.Parameter(torch.empty(config.num_queries, size))
+        self.query_norm = nn.LayerNorm(size)
+        self.query_attention = SaliencyAttention(config, size, size, size, config.num_attention_heads)
+        num_tokens = 6 + config.num_queries
+        self.token_types = nn.Parameter(torch.empty(num_tokens, size))
+        self.layers = nn.ModuleList([SaliencyTokenLayer(config) for _ in range(config.num_hidden_layers)])
+        self.norm = nn.LayerNorm(size)
+        self.score_head = nn.Linear(num_tokens * size, 10)
+        self.aspect_head = nn.Linear(num_tokens * size, config.num_aspects) if config.num_aspects else None
+        self.post_init()
+
+    def to_rgb(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Undoes the base's normalisation and resizes: `(n, 3, h, w)` in 0..1, sides multiples of 32."""
+        mean = torch.tensor(self.config.image_mean, device=pixel_values.device).view(1, 3, 1, 1)
+        std = torch.tensor(self.config.image_std, device=pixel_values.device).view(1, 3, 1, 1)
+        pixels = pixel_values.float() * std + mean
+        height, width = pixels.shape[-2:]
+        scale = self.config.image_size / (height * width) ** 0.5
+        target = tuple(max(32, 32 * round(side * scale / 32)) for side in (height, width))
+        if target != (height, width):
+            pixels = F.interpolate(pixels, size=target, mode="bilinear", align_corners=False, antialias=True)
+        return pixels.clamp(0, 1)
+
+    def predict_map(self, feature_maps: tuple[torch.Tensor, ...], maps: torch.Tensor) -> torch.Tensor:
+        """Saliency as probabilities over positions, `(n, h / 8, w / 8)`."""
+        features = self.map_pyramid(feature_maps, maps)
+        x, y = _positions(features)
+        places = torch.stack([x, y, x.square(), y.square(), x * y]).expand(len(features), -1, -1, -1)
+        logits = self.map_head(torch.cat([features, places.to(features.dtype)], dim=1))
+        return logits.float().flatten(1).softmax(-1).view(len(logits), *logits.shape[-2:])
+
+    def make_tokens(
+        self, features: torch.Tensor, saliency_maps: torch.Tensor, statistics: torch.Tensor
+    ) -> torch.Tensor:
+        """Saliency tokens `(n, t, hidden_size)`: subject, ground, whole, geometry, photometry (two), queries."""
+        dtype = features.dtype
+        inside = saliency_maps.flatten(1)
+        around = 1 - inside / inside.amax(1, keepdim=True)
+        around = around / around.sum(1, keepdim=True).clamp(min=1e-6)
+        whole = torch.full_like(inside, 1 / inside.shape[1])
+        pools = torch.stack([inside, around, whole], dim=1).to(dtype)
+        cells = features.flatten(2).transpose(1, 2)  # (n, h * w, size)
+        coarse = F.avg_pool2d(features, 2).flatten(2).transpose(1, 2)
+        queries = self.queries.expand(len(features), -1, -1).to(dtype)
+        tokens = torch.cat(
+            [
+                pools @ cells,
+                self.geometry(_map_geometry(saliency_maps).to(dtype)).unsqueeze(1),
+                self.photometry(statistics.to(dtype)).unflatten(1, (2, -1)),
+                queries + self.query_attention(queries, self.query_norm(coarse)),
+            ],
+            dim=1,
+        )
+        tokens = tokens + self.token_types.to(dtype)
+        for layer in self.layers:
+            tokens = layer(tokens)
+        return self.norm(tokens)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        rating_targets: torch.Tensor | None = None,
+        saliency_targets: torch.Tensor | None = None,
+        aspect_targets: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> IASMOutput:
+        r"""
+        Args:
+            pixel_values: `(n, 3, h, w)`, normalised by `config.image_mean` and `config.image_std`.
+            rating_targets: `(n, 10)`, shares of the ratings 1 to 10; a row of zeros has no rating.
+            saliency_targets: `(n, h, w)`, not negative, any scale; a map of zeros has no truth.
+            aspect_targets: `(n, num_aspects)` in 0..1; a negative value is unknown.
+        """
+        # light and colour are measured in float32 whatever the model's dtype and outside autocast
+        with torch.autocast(pixel_values.device.type, enabled=False):
+            pixels = self.to_rgb(pixel_values)
+            maps = photometric_maps(pixels)
+            statistics = photometric_statistics(pixels, maps)
+        dtype = self.token_types.dtype
+        feature_maps = self.backbone(((pixels - 0.5) * 4).to(dtype)).feature_maps
+        maps = maps.to(dtype)
+        saliency_maps = self.predict_map(feature_maps, maps)
+        tokens = self.make_tokens(self.pyramid(feature_maps, maps), saliency_maps, statistics)
+        evidence = tokens.flatten(1)
+        outputs = IASMOutput(
+            saliency_tokens=tokens,
+            saliency_maps=saliency_maps,
+            score_logits=self.score_head(evidence),
+            aspect_logits=self.aspect_head(evidence) if self.aspect_head is not None else None,
+        )
+        _set_fields(outputs, saliency_losses(self.config, outputs, rating_targets, saliency_targets, aspect_targets))
+        return outputs
+
+
+def _build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
+    if MODEL_FOR_BACKBONE_MAPPING[type(config)].has_attentions:
+        return AutoBackbone.from_config(config)
+    # NOTE: convolutions refuse every attention but "eager", and `attn_implementation="sdpa"` for the whole model with it
+    config._attn_implementation_internal = None
+    backbone = AutoBackbone.from_config(config)
+    backbone._supports_sdpa = backbone._supports_flash_attn = backbone._supports_flex_attn = True
+    return backbone
+
+
+def _positions(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Coordinates x and y of a map's positions, -1..1, each `(h, w)`."""
+    height, width = features.shape[-2:]
+    x = (torch.arange(width, device=features.device) + 0.5) / width * 2 - 1
+    y = (torch.arange(height, device=features.device) + 0.5) / height * 2 - 1
+    return x.expand(height, width), y.unsqueeze(1).expand(height, width)
+
+
+def _map_geometry(saliency_maps: torch.Tensor) -> torch.Tensor:
+    """Where the map lies and how far it reaches, `(n, h, w)` to `(n, 24)`: eight columns, eight rows, eight moments."""
+    x, y = _positions(saliency_maps)
+    columns = F.adaptive_avg_pool2d(saliency_maps.sum(1, keepdim=True).unsqueeze(1), (1, 8)).flatten(1)
+    rows = F.adaptive_avg_pool2d(saliency_maps.sum(2, keepdim=True).unsqueeze(1), (8, 1)).flatten(1)
+
+    def mean(values: torch.Tensor) -> torch.Tensor:
+        return (saliency_maps * values).sum((1, 2))
+
+    mean_x, mean_y = mean(x), mean(y)
+    positions = saliency_maps[0].numel()
+    moments = [
+        mean_x * 2,
+        mean_y * 2,
+        (mean(x.square()) - mean_x.square()).clamp(min=1e-6).sqrt(),
+        (mean(y.square()) - mean_y.square()).clamp(min=1e-6).sqrt(),
+        mean((saliency_maps * positions + 1e-4).log()) / 4,
+        (saliency_maps.amax((1, 2)) * positions + 1e-4).log() / 4,
+        mean(((x.abs() > 0.8) | (y.abs() > 0.8)).float()) * 2,
+        mean(((x.abs() < 0.2) & (y.abs() < 0.5)).float()) * 2,
+    ]
+    sizes = columns * saliency_maps.shape[2], rows * saliency_maps.shape[1]
+    return torch.cat([*sizes, torch.stack(moments, dim=1)], dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def saliency_losses(
+    config: IASMConfig,
+    outputs: ModelOutput,
+    rating_targets: torch.Tensor | None = None,
+    saliency_targets: torch.Tensor | None = None,
+    aspect_targets: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
+    """
+    The terms whose targets are given, means over the images that have truth, and their weighted sum `loss`.
+
+    Shapes as in `ImageAestheticSaliencyModule.forward`. Without any target the dictionary is empty.
+    """
+    terms = {}
+    if rating_targets is not None:
+        terms["score_loss"] = rating_loss(outputs.score_logits, rating_targets)
+    if saliency_targets is not None:
+        terms["saliency_loss"] = saliency_map_loss(outputs.saliency_maps, saliency_targets)
+    if aspect_targets is not None:
+        if outputs.aspect_logits is None:
+            raise ValueError(
+                "`aspect_targets` are given, but the model has no aspect head: `iasm_config.num_aspects=0`."
+            )
+        terms["aspect_loss"] = aspect_loss(outputs.aspect_logits, aspect_targets)
+    if terms:
+        terms["loss"] = sum(getattr(config, f"{name}_weight") * term for name, term in terms.items())
+    return terms
+
+
+def rating_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Squared earth mover's distance of two distributions over ratings, `(n, 10)`; rows of zeros are left out."""
+    _check_targets("rating_targets", targets, logits)
+    targets = targets.float()
+    given = targets.sum(1) > 0
+    targets = targets / targets.sum(1, keepdim=True).clamp(min=1e-6)
+    distances = (logits.float().softmax(-1).cumsum(-1) - targets.cumsum(-1)).square().mean(-1)
+    return (distances * given).sum() / given.sum().clamp(min=1)
+
+
+def saliency_map_loss(maps: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """KL divergence minus linear correlation of probability maps `(n, h, w)`; targets of zeros are left out."""
+    if len(targets) != len(maps):
+        raise ValueError(f"`saliency_targets` has {len(targets)} maps for {len(maps)} images.")
+    targets = F.adaptive_avg_pool2d(targets.float().unsqueeze(1), maps.shape[-2:]).flatten(1)
+    given = targets.sum(1) > 0
+    targets = targets / targets.sum(1, keepdim=True).clamp(min=1e-6)
+    maps = maps.flatten(1)
+    divergence = (targets * ((targets + 1e-8).log() - (maps + 1e-8).log())).sum(1)
+    a, b = maps - maps.mean(1, keepdim=True), targets - targets.mean(1, keepdim=True)
+    correlation = (a * b).sum(1) / (a.square().sum(1) * b.square().sum(1) + 1e-16).sqrt()
+    return ((divergence - correlation) * given).sum() / given.sum().clamp(min=1)
+
+
+def aspect_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy of independent aspects `(n, num_aspects)`; negative targets are unknown and left out."""
+    _check_targets("aspect_targets", targets, logits)
+    known = targets >= 0
+    losses = F.binary_cross_entropy_with_logits(logits.float(), targets.float().clamp(0, 1), reduction="none")
+    return (losses * known).sum() / known.sum().clamp(min=1)
+
+
+def _check_targets(name: str, targets: torch.Tensor, logits: torch.Tensor):
+    if targets.shape != logits.shape:
+        raise ValueError(f"`{name}` has shape {tuple(targets.shape)}, the model predicts {tuple(logits.shape)}.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# IAS-ViT: the base's own encoder, fused by hooks. All that is known of base families stands in this section.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ImageEncoder:
+    """A base's vision encoder: the module that gets the pixels, its layers, their width, and the last one that counts."""
+
+    module: PreTrainedModel
+    layers: nn.ModuleList
+    hidden_size: int
+    last_layer: int
+
+
+def find_image_encoder(mllm: PreTrainedModel) -> ImageEncoder:
+    """
+    Finds the encoder that turns dense pixels `(n, 3, h, w)` into patches `(n, p, hidden_size)` in the base `mllm`.
+
+    Raises:
+        ValueError: naming what was looked for and what was found.
+    """
+    name = type(mllm).__name__
+    encoder = mllm.get_encoder(modality="image")
+    if encoder is mllm or encoder is mllm.base_model:
+        children = [child for child, _ in mllm.base_model.named_children()]
+        raise ValueError(f"{name} has no image encoder that `get_encoder('image')` finds; its parts are {children}.")
+    image_encoder = type(encoder).__name__
+    config = encoder.config
+    if encoder.main_input_name != "pixel_values" or getattr(config, "patch_size", None) is None:
+        raise ValueError(
+            f"{name}'s encoder {image_encoder} takes `{encoder.main_input_name}` and its config has "
+            f"patch_size={getattr(config, 'patch_size', None)}; looked for `pixel_values` cut into patches."
+        )
+    patch_convolutions = [m for m in encoder.modules() if isinstance(m, nn.Conv2d) and m.in_channels == 3]
+    if len(patch_convolutions) != 1 or patch_convolutions[0].stride != (config.patch_size, config.patch_size):
+        raise ValueError(
+            f"{name}'s encoder {image_encoder} does not cut dense images (n, 3, h, w) by one convolution of stride "
+            f"{config.patch_size}: found {[tuple(m.stride) for m in patch_convolutions]}. Other forms of pixels "
+            "(tiles, packed or padded patches) are not understood."
+        )
+    stacks = [m for m in encoder.modules() if isinstance(m, nn.ModuleList) and len({type(layer) for layer in m}) == 1]
+    layers = max(stacks, key=len, default=None)
+    if layers is None or len(layers) != getattr(config, "num_hidden_layers", None):
+        raise ValueError(
+            f"{name}'s encoder {image_encoder} has lists of {[len(m) for m in stacks]} layers; looked for one of "
+            f"num_hidden_layers={getattr(config, 'num_hidden_layers', None)}."
+        )
+    norms = [m for m in layers[0].modules() if isinstance(m, nn.LayerNorm)]
+    if not norms:
+        raise ValueError(f"{name}'s encoder layers {type(layers[0]).__name__} have no LayerNorm to read a width from.")
+    return ImageEncoder(encoder, layers, norms[0].normalized_shape[0], _last_visible_layer(mllm.config, len(layers)))
+
+
+def _last_visible_layer(config: ASEConfig, num_layers: int) -> int:
+    """Index of the last encoder layer whose output reaches the language model; later ones get no gradient."""
+    selected = getattr(config, "vision_feature_layer", None)
+    if selected is None:
+        return num_layers - 1
+    selected = [selected] if isinstance(selected, int) else selected
+    # hidden state 0 is the embeddings, so hidden state k is the output of layer k - 1
+    return max(state if state >= 0 else num_layers + 1 + state for state in selected) - 1
+
+
+def _resolve_fusion_layers(fusion_layers: list[int] | None, encoder: ImageEncoder) -> list[int]:
+    count = encoder.last_layer + 1
+    if fusion_layers is None:
+        return sorted({round((i + 1) * count / 4) - 1 for i in range(4)} - {-1})
+    if max(fusion_layers) > encoder.last_layer:
+        raise ValueError(
+            f"`fusion_layers` {fusion_layers} reaches beyond layer {encoder.last_layer}: the encoder has "
+            f"{len(encoder.layers)} layers and the language model sees none after that one."
+        )
+    return fusion_layers
+
+
+class _EncoderCall:
+    """What one call of the image encoder passes from its pixels to its fusing layers."""
+
+    def __init__(self, encoder: nn.Module, outputs: IASMOutput):
+        self.encoder = encoder
+        self.outputs = outputs
+        self.reset_token = None
+
+
+# Context variables, so that two threads never see each other's images.
+_encoder_call = CompileableContextVar("ase_encoder_call")
+_collected_outputs = CompileableContextVar("ase_collected_outputs")
+
+
+class ASEModel(ASEPreTrainedModel):
+    """
+    A vision-language model whose image encoder is an IAS-ViT, without the language model's head.
+
+    `mllm` is the whole base model. Hooks on its encoder run the IASM on the encoder's own pixels and fuse the saliency
+    tokens after `config.fusion_layers`; nothing of the base is renamed, wrapped or copied.
+    """
+
+    def __init__(self, config: ASEConfig, mllm: PreTrainedModel | None = None):
+        super().__init__(config)
+        if mllm is None:
+            mllm = AutoModelForImageTextToText.from_config(config.mllm_config)
+        # attention is switched on the config object that the modules hold, so it must be the same one
+        config.mllm_config = mllm.config
+        self.mllm = mllm
+        self.input_modalities = mllm.input_modalities
+        encoder = find_image_encoder(mllm)
+        config.fusion_layers = _resolve_fusion_layers(config.fusion_layers, encoder)
+        self.iasm = ImageAestheticSaliencyModule(config.iasm_config)
+        self.fusions = SaliencyFusions(config, dict.fromkeys(config.fusion_layers, encoder.hidden_size))
+        self._hook_encoder(encoder)
+        self.post_init()
+
+    def _hook_encoder(self, encoder: ImageEncoder):
+        # NOTE: partials of bound methods, because deepcopy follows those to the copied model and closures to the old
+        encoder.module.register_forward_pre_hook(self._start_encoder_call, with_kwargs=True)
+        encoder.module.register_forward_hook(self._end_encoder_call, always_call=True)
+        for layer in self.config.fusion_layers:
+            # before the hooks that record hidden states: LLaVA reads its features from the recorded ones
+            encoder.layers[layer].register_forward_hook(partial(self._fuse, layer), prepend=True)
+
+    def _start_encoder_call(self, encoder: nn.Module, args: tuple, kwargs: dict[str, Any]):
+        pixel_values = args[0] if args else kwargs["pixel_values"]
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
+            raise ValueError(
+                f"The image encoder got pixels of shape {tuple(pixel_values.shape)}; ASE reads dense images (n, 3, h, w)."
+            )
+        call = _EncoderCall(encoder, self.iasm(pixel_values))
+        call.reset_token = _encoder_call.set(call)
+        if (collected := _collected_outputs.get()) is not None:
+            collected.append(call.outputs)
+
+    def _end_encoder_call(self, encoder: nn.Module, args: tuple, output: Any):
+        call = _encoder_call.get()
+        # after an error before `_start_encoder_call` there is no call of this encoder to end
+        if call is not None and call.encoder is encoder:
+            _encoder_call.reset(call.reset_token)
+
+    def _fuse(self, layer: int, module: nn.Module, args: tuple, output: torch.Tensor | tuple) -> torch.Tensor | tuple:
+        call = _encoder_call.get()
+        if call is None:
+            raise RuntimeError(
+                f"Encoder layer {layer} ran outside a call of its image encoder, so there are no saliency tokens."
+            )
+        hidden_states = output[0] if isinstance(output, tuple) else output
+        fused = self.fusions(layer, hidden_states, call.outputs.saliency_tokens)
+        return (fused, *output[1:]) if isinstance(output, tuple) else fused
+
+    @property
+    def language_model(self) -> nn.Module:
+        return self.mllm.get_decoder()
+
+    @property
+    def vision_tower(self) -> nn.Module:
+        return self.mllm.get_encoder(modality="image")
+
+    def get_encoder(self, modality: str | None = None) -> nn.Module:
+        return self.mllm.get_encoder(modality=modality)
+
+    def get_decoder(self) -> nn.Module:
+        return self.mllm.get_decoder()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.mllm.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.mllm.set_input_embeddings(value)
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        image_sizes: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """
+        Encodes images once: the base's output, with `saliency_maps`, `score_logits` and `aspect_logits` beside.
+
+        Pass it on as `generate(..., mm_encoder_outputs={"image": features})`. The parameters are named because
+        `generate()` passes only those that it finds in the signature.
+        """
+        given = _given(
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            image_sizes=image_sizes,
+        )
+        features, saliency = self._call_with_saliency(
+            self.mllm.get_image_features, pixel_values=pixel_values, **given, **{**kwargs, "return_dict": True}
+        )
+        _set_fields(features, saliency)
+        return features
+
+    def _call_with_saliency(self, function: Callable, **kwargs: Any) -> tuple[ModelOutput, dict[str, torch.Tensor]]:
+        """Calls the base and returns its output with what the IASM said meanwhile, or before if features are given."""
+        collected = []
+        token = _collected_outputs.set(collected)
+        try:
+            outputs = function(**kwargs)
+        finally:
+            _collected_outputs.reset(token)
+        if not collected:
+            collected = [(kwargs.get("mm_encoder_outputs") or {}).get("image")]
+        return outputs, _saliency_outputs(collected[0])
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ASEModelOutputWithPast:
+        """Arguments are the base's own; those left `None` are not passed on."""
+        given = _given(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_encoder_outputs=mm_encoder_outputs,
+        )
+        outputs, saliency = self._call_with_saliency(self.mllm.base_model, **given, **{**kwargs, "return_dict": True})
+        return ASEModelOutputWithPast(**_known_fields(ASEModelOutputWithPast, outputs), **saliency)
+
+
+def _given(**kwargs: Any) -> dict[str, Any]:
+    """Without the `None`s: some bases treat an explicit `None` otherwise than a missing argument."""
+    return {name: value for name, value in kwargs.items() if value is not None}
+
+
+def _saliency_outputs(outputs: ModelOutput | None) -> dict[str, torch.Tensor]:
+    names = ("saliency_maps", "score_logits", "aspect_logits")
+    return {name: outputs[name] for name in names if outputs is not None and name in outputs}
+
+
+def _set_fields(outputs: ModelOutput, fields: dict[str, torch.Tensor]):
+    for name, value in fields.items():
+        outputs[name] = value
+
+
+def _known_fields(output_class: type[ModelOutput], outputs: ModelOutput) -> dict[str, Any]:
+    return {name: value for name, value in outputs.items() if name in output_class.__dataclass_fields__}
+
+
+class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
+    """Writes aesthetic critiques: the base vision-language model with the saliency branch in its image encoder."""
+
+    def __init__(self, config: ASEConfig, mllm: PreTrainedModel | None = None):
+        super().__init__(config)
+        self.model = ASEModel(config, mllm)
+        self.input_modalities = self.model.input_modalities
+        self.post_init()
+
+    @classmethod
+    def from_mllm_pretrained(
+        cls,
+        pretrained_model_name_or_path_or_model: str | PreTrainedModel,
+        iasm_config: dict | IASMConfig | None = None,
+        fusion_layers: list[int] | None = None,
+        fusion_hidden_size: int | None = None,
+        fusion_num_attention_heads: int | None = None,
+        **kwargs: Any,
+    ) -> "ASEForConditionalGeneration":
+        """
+        Gives a saved or live image-text-to-text model the saliency branch. Fresh gates are shut: it answers as before.
+
+        Args:
+            pretrained_model_name_or_path_or_model: A folder, a Hub id, or the model itself, which becomes a part of
+                the new one and keeps its weights, dtype, device and attention.
+            iasm_config, fusion_layers, fusion_hidden_size, fusion_num_attention_heads: See `ASEConfig`. The image
+                normalisation is read from the folder's image processor unless `iasm_config` names it.
+            kwargs: Passed to `AutoModelForImageTextToText.from_pretrained`.
+
+        Raises:
+            ValueError: if the base has no image encoder of a known form.
+        """
+        mllm = pretrained_model_name_or_path_or_model
+        iasm_config = iasm_config if iasm_config is not None else {}
+        if not isinstance(mllm, PreTrainedModel):
+            if isinstance(iasm_config, dict):
+                iasm_config = {**_image_normalisation(mllm, **kwargs), **iasm_config}
+            mllm = AutoModelForImageTextToText.from_pretrained(mllm, **kwargs)
+        elif kwargs:
+            raise ValueError(f"A live model takes no loading arguments, got {sorted(kwargs)}.")
+        given = _given(
+            fusion_layers=fusion_layers,
+            fusion_hidden_size=fusion_hidden_size,
+            fusion_num_attention_heads=fusion_num_attention_heads,
+        )
+        config = ASEConfig.from_mllm_config(mllm.config, iasm_config=iasm_config, **given)
+        # the base's weights and attention are its own: `post_init` must not touch the one, nor the defaults the other
+        for module in mllm.modules():
+            module._is_hf_initialized = True
+        attention = mllm.config._attn_implementation
+        config._attn_implementation_internal = attention
+        config.iasm_config._attn_implementation_internal = attention
+        config.dtype = mllm.dtype
+        model = cls(config, mllm)
+        model.model.iasm.to(dtype=mllm.dtype, device=mllm.device)
+        model.model.fusions.to(dtype=mllm.dtype, device=mllm.device)
+        model.generation_config = mllm.generation_config
+        return model.train(mllm.training)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.model.mllm.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module):
+        self.model.mllm.set_output_embeddings(value)
+
+    def get_encoder(self, modality: str | None = None) -> nn.Module:
+        return self.model.get_encoder(modality=modality)
+
+    def get_decoder(self) -> nn.Module:
+        return self.model.get_decoder()
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """See `ASEModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values=pixel_values, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        rating_targets: torch.Tensor | None = None,
+        saliency_targets: torch.Tensor | None = None,
+        aspect_targets: torch.Tensor | None = None,
+        caption_weights: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ASECausalLMOutputWithPast:
+        r"""
+        Arguments are the base's own (those left `None` are not passed on) and the targets of the saliency terms.
+
+        Args:
+            labels: `(batch, sequence)`, token ids, -100 where nothing is learned.
+            rating_targets, saliency_targets, aspect_targets: One row an image; see `ImageAestheticSaliencyModule`.
+            caption_weights: `(batch,)`, how much each sample's caption counts (its aesthetic relevance), 1 by default.
+            num_items_in_batch: Target tokens in all micro-batches of a training step, as the `Trainer` counts them.
+        """
+        given = _given(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_encoder_outputs=mm_encoder_outputs,
+            labels=labels if caption_weights is None else None,
+            num_items_in_batch=num_items_in_batch if labels is not None else None,
+        )
+        outputs, saliency = self.model._call_with_saliency(
+            self.model.mllm, **given, logits_to_keep=logits_to_keep, **{**kwargs, "return_dict": True}
+        )
+        result = ASECausalLMOutputWithPast(**_known_fields(ASECausalLMOutputWithPast, outputs), **saliency)
+        if labels is not None:
+            if caption_weights is not None:
+                result.loss = weighted_caption_loss(outputs.logits, labels, caption_weights, num_items_in_batch)
+            result.caption_loss = result.loss
+        self._add_saliency_losses(result, rating_targets, saliency_targets, aspect_targets, labels, num_items_in_batch)
+        return result
+
+    def _add_saliency_losses(
+        self,
+        result: ASECausalLMOutputWithPast,
+        rating_targets: torch.Tensor | None,
+        saliency_targets: torch.Tensor | None,
+        aspect_targets: torch.Tensor | None,
+        labels: torch.LongTensor | None,
+        num_items_in_batch: torch.Tensor | int | None,
+    ):
+        """Adds the terms to `result`. A micro-batch counts by its share of the step's target tokens, as captions do."""
+        targets = _given(
+            rating_targets=rating_targets, saliency_targets=saliency_targets, aspect_targets=aspect_targets
+        )
+        if not targets:
+            return
+        if result.saliency_maps is None:
+            raise ValueError(f"{sorted(targets)} are given, but no image was: there is nothing to compare them with.")
+        terms = saliency_losses(self.config.iasm_config, result, **targets)
+        added = terms.pop("loss")
+        if num_items_in_batch is not None and labels is not None:
+            added = added * (labels[:, 1:] != -100).sum() / num_items_in_batch
+        _set_fields(result, terms)
+        result.loss = added if result.loss is None else result.loss + added
+
+    # Generation is the base's: its own hooks prepare positions, masks and caches. ------------------------------------
+
+    def prepare_inputs_for_generation(self, *args, **kwargs) -> dict[str, Any]:
+        return self.model.mllm.prepare_inputs_for_generation(*args, **kwargs)
+
+    def _prepare_position_ids_for_generation(self, *args, **kwargs) -> torch.Tensor:
+        return self.model.mllm._prepare_position_ids_for_generation(*args, **kwargs)
+
+    def _expand_inputs_for_generation(self, *args, **kwargs) -> tuple[torch.Tensor, dict[str, Any]]:
+        return self.model.mllm._expand_inputs_for_generation(*args, **kwargs)
+
+    def _update_model_kwargs_for_generation(self, *args, **kwargs) -> dict[str, Any]:
+        return self.model.mllm._update_model_kwargs_for_generation(*args, **kwargs)
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]):
+        self.model.mllm._validate_model_kwargs(model_kwargs)
+
+    def _prepare_cache_for_generation(self, *args, **kwargs) -> bool:
+        return self.model.mllm._prepare_cache_for_generation(*args, **kwargs)
+
+    def _supports_mm_encoder_outputs(self) -> bool:
+        return self.model.mllm._supports_mm_encoder_outputs()
+
+    def _supports_logits_to_keep(self) -> bool:
+        return self.model.mllm._supports_logits_to_keep()
+
+
+def weighted_caption_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    caption_weights: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """
+    Next-token cross-entropy with a weight per sample; weights of 1 give the plain loss.
+
+    Args:
+        logits, labels: `(batch, sequence, vocab_size)` and `(batch, sequence)`, -100 where nothing is learned.
+        caption_weights: `(batch,)`.
+        num_items_in_batch: Divides the sum of the losses; by default the number of target tokens here.
+    """
+    if caption_weights.shape != labels.shape[:1]:
+        raise ValueError(f"`caption_weights` has shape {tuple(caption_weights.shape)} for {len(labels)} samples.")
+    targets = labels[:, 1:].to(logits.device)
+    losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, reduction="none")
+    count = num_items_in_batch if num_items_in_batch is not None else (targets != -100).sum().clamp(min=1)
+    return (losses * caption_weights.to(losses).unsqueeze(1)).sum() / count
+
+
+def _image_normalisation(name_or_path: str, **kwargs: Any) -> dict[str, list[float]]:
+    """Mean and standard deviation of a checkpoint's image processor, or nothing where it has none."""
+    hub = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+    try:
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(
+            name_or_path, **{name: kwargs[name] for name in hub if name in kwargs}
+        )
+    except OSError:
+        return {}
+    return {name: settings[name] for name in ("image_mean", "image_std") if settings.get(name) is not None}
+
+
+__all__ = [
+    "ASEForConditionalGeneration",
+    "ASEModel",
+    "ASEPreTrainedModel",
+    "ImageAestheticSaliencyModule",
+    "SaliencyCrossAttention",
+]
