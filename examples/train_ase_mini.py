@@ -2,7 +2,7 @@
 Trains the bundled model `examples/ase-mini` from nothing but the critique generator, with the standard `Trainer`.
 
     python examples/train_ase_mini.py --stage all          # a few hours on two cores, minutes of work on a GPU
-    python examples/train_ase_mini.py --stage all --samples 64 --work /tmp/work --out /tmp/ase-mini    # a look at the machinery
+    python examples/train_ase_mini.py --stage all --samples 64 --work runs/look --out runs/look/out    # a look at the machinery
 
 Stages (each starts from what the one before left in `--work`):
     iasm      the saliency module alone: aspects, ratings, saliency maps
