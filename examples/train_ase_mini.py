@@ -40,7 +40,7 @@ from ase_mllm import ASEDataCollator, ASEForConditionalGeneration, ASEProcessor,
 BUNDLE = Path(__file__).parent / "ase-mini"
 IMAGE_SIZE, PATCH_SIZE = 192, 32
 STAGES = ("iasm", "language", "joint", "critique")
-SAMPLES = {"iasm": 64_000, "language": 16_000, "joint": 76_000, "critique": 19_000}
+SAMPLES = {"iasm": 64_000, "language": 16_000, "joint": 76_000, "critique": 18_000}
 LEARNING_RATES = {"iasm": 1.5e-3, "language": 1e-3, "joint": 1e-3, "critique": 5e-4}
 SALIENCY_LOSS_WEIGHTS = {"iasm": 0.3, "language": 0.0, "joint": 1.0, "critique": 1.0}
 OPTIONS = {"critique": {"strength": (1.0, 1.6), "composite_share": 0.6}}
