@@ -54,9 +54,7 @@ def caption_set(model, processor, rows, batch_size: int) -> tuple[dict, float]:
         tokens += int((answers != processor.tokenizer.pad_token_id).sum())
         found["caption"] += processor.batch_decode(answers, skip_special_tokens=True)
         found["score"] += [score["mean"] for score in processor.post_process_scores(features)]
-        found["map"] += list(
-            torch.nn.functional.interpolate(features.saliency_maps[:, None], (32, 32), mode="bilinear")[:, 0].numpy()
-        )
+        found["map"] += [heat.numpy() for heat in processor.post_process_saliency(features, [(32, 32)] * len(batch))]
         for row in batch:
             found["references"].append(row["references"])
             found["labels"].append(dict(zip(FAULTS, row["aspect_labels"])))

@@ -234,8 +234,6 @@ def train_stage(stage: str, model: ASEForConditionalGeneration, processor: ASEPr
         learning_rate=learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=min(200, steps // 10),
-        adam_beta2=0.98,
-        max_grad_norm=1.0,
         logging_steps=50,
         save_steps=1000,
         save_total_limit=1,
