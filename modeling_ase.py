@@ -5,7 +5,9 @@ MLLM) and their connection (cross-attention in the image encoder). It publishes 
 is this project's own design. The zero-initialised tanh gate is Flamingo's (arXiv 2204.14198).
 """
 
+import inspect
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -30,11 +32,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import maybe_autocast
 from transformers.utils.output_capturing import CompileableContextVar
 
 from .configuration_ase import ASEConfig, IASMConfig
 
 
+TARGETS = ("rating_targets", "saliency_targets", "aspect_targets", "caption_weights")
 SALIENCY_STRIDE = 8  # pixels of the IASM's input per position of the saliency map
 
 
@@ -47,6 +51,8 @@ class IASMOutput(ModelOutput):
         loss: Weighted sum of the terms below whose targets were given.
         saliency_tokens: `(n, num_tokens, hidden_size)`, what the encoder's patches attend to.
         saliency_maps: `(n, h, w)`, probabilities over positions: each map sums to 1.
+        saliency_map_sizes: `(n, 2)`, height and width of each map where they differ, else `None`; the maps are then
+            padded with zeros on the right and below.
         score_logits: `(n, 10)`, logits of the ratings 1 to 10.
         aspect_logits: `(n, num_aspects)`, one independent logit an aspect.
         score_loss, saliency_loss, aspect_loss: The unweighted terms.
@@ -55,6 +61,7 @@ class IASMOutput(ModelOutput):
     loss: torch.Tensor | None = None
     saliency_tokens: torch.Tensor | None = None
     saliency_maps: torch.Tensor | None = None
+    saliency_map_sizes: torch.Tensor | None = None
     score_logits: torch.Tensor | None = None
     aspect_logits: torch.Tensor | None = None
     score_loss: torch.Tensor | None = None
@@ -70,7 +77,7 @@ class ASEModelOutputWithPast(ModelOutput):
     Args:
         last_hidden_state: `(batch, sequence, hidden_size)`.
         image_hidden_states: The projected image features, in the base's form.
-        saliency_maps, score_logits, aspect_logits: See `IASMOutput`; `None` without an image.
+        saliency_maps, saliency_map_sizes, score_logits, aspect_logits: See `IASMOutput`; `None` without an image.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -79,6 +86,7 @@ class ASEModelOutputWithPast(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: Any = None
     saliency_maps: torch.Tensor | None = None
+    saliency_map_sizes: torch.Tensor | None = None
     score_logits: torch.Tensor | None = None
     aspect_logits: torch.Tensor | None = None
 
@@ -92,7 +100,7 @@ class ASECausalLMOutputWithPast(ModelOutput):
         loss: `caption_loss` plus the weighted saliency terms whose targets were given.
         logits: `(batch, sequence, vocab_size)`.
         image_hidden_states: The projected image features, in the base's form.
-        saliency_maps, score_logits, aspect_logits: See `IASMOutput`; `None` without an image.
+        saliency_maps, saliency_map_sizes, score_logits, aspect_logits: See `IASMOutput`; `None` without an image.
         caption_loss, score_loss, saliency_loss, aspect_loss: The unweighted terms of `loss`.
     """
 
@@ -103,6 +111,7 @@ class ASECausalLMOutputWithPast(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: Any = None
     saliency_maps: torch.Tensor | None = None
+    saliency_map_sizes: torch.Tensor | None = None
     score_logits: torch.Tensor | None = None
     aspect_logits: torch.Tensor | None = None
     caption_loss: torch.Tensor | None = None
@@ -309,6 +318,9 @@ class SaliencyFusions(nn.Module):
         for layer, hidden_size in hidden_sizes.items():
             self.add_module(str(layer), SaliencyCrossAttention(config, hidden_size))
 
+    def hidden_size(self, layer: int) -> int:
+        return self.get_submodule(str(layer)).norm.normalized_shape[0]
+
     def forward(self, layer: int, hidden_states: torch.Tensor, saliency_tokens: torch.Tensor) -> torch.Tensor:
         return self.get_submodule(str(layer))(hidden_states, saliency_tokens)
 
@@ -426,7 +438,9 @@ class ImageAestheticSaliencyModule(ASEPreTrainedModel):
         self.backbone = _build_backbone(config.backbone_config)
         self.map_pyramid = SaliencyPyramid(self.backbone.channels, self.num_maps, size)
         self.map_head = nn.Sequential(
-            nn.Conv2d(size + 5, size // 4, 1), nn.GELU(), nn.Conv2d(size // 4, 1, 3, padding=1)
+            nn.Conv2d(size + 5, size // 4, 1),
+            nn.GELU(),
+            nn.Conv2d(size // 4, 1, 3, padding=1, bias=False),  # a bias would not change a softmax over positions
         )
         self.pyramid = SaliencyPyramid(self.backbone.channels, self.num_maps, size)
         self.geometry = nn.Sequential(nn.Linear(self.num_geometry, size), nn.GELU(), nn.Linear(size, size))
@@ -446,6 +460,8 @@ class ImageAestheticSaliencyModule(ASEPreTrainedModel):
 
     def to_rgb(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Undoes the base's normalisation and resizes: `(n, 3, h, w)` in 0..1, sides multiples of 32."""
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
+            raise ValueError(f"The IASM takes images (n, 3, height, width), got {tuple(pixel_values.shape)}.")
         mean = torch.tensor(self.config.image_mean, device=pixel_values.device).view(1, 3, 1, 1)
         std = torch.tensor(self.config.image_std, device=pixel_values.device).view(1, 3, 1, 1)
         pixels = pixel_values.float() * std + mean
@@ -491,25 +507,10 @@ class ImageAestheticSaliencyModule(ASEPreTrainedModel):
             tokens = layer(tokens)
         return self.norm(tokens)
 
-    @can_return_tuple
-    def forward(
-        self,
-        pixel_values: torch.Tensor,
-        rating_targets: torch.Tensor | None = None,
-        saliency_targets: torch.Tensor | None = None,
-        aspect_targets: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> IASMOutput:
-        r"""
-        Args:
-            pixel_values: `(n, 3, h, w)`, normalised by `config.image_mean` and `config.image_std`.
-            rating_targets: `(n, 10)`, shares of the ratings 1 to 10; a row of zeros has no rating.
-            saliency_targets: `(n, h, w)`, not negative, any scale; a map of zeros has no truth.
-            aspect_targets: `(n, num_aspects)` in 0..1; a negative value is unknown.
-        """
+    def analyse(self, pixels: torch.Tensor) -> IASMOutput:
+        """Tokens, map and scores of images of one size, as `to_rgb` gives them."""
         # light and colour are measured in float32 whatever the model's dtype and outside autocast
-        with torch.autocast(pixel_values.device.type, enabled=False):
-            pixels = self.to_rgb(pixel_values)
+        with maybe_autocast(pixels.device.type, enabled=False):
             maps = photometric_maps(pixels)
             statistics = photometric_statistics(pixels, maps)
         dtype = self.token_types.dtype
@@ -518,14 +519,81 @@ class ImageAestheticSaliencyModule(ASEPreTrainedModel):
         saliency_maps = self.predict_map(feature_maps, maps)
         tokens = self.make_tokens(self.pyramid(feature_maps, maps), saliency_maps, statistics)
         evidence = tokens.flatten(1)
-        outputs = IASMOutput(
+        return IASMOutput(
             saliency_tokens=tokens,
             saliency_maps=saliency_maps,
             score_logits=self.score_head(evidence),
             aspect_logits=self.aspect_head(evidence) if self.aspect_head is not None else None,
         )
+
+    def analyse_sizes(self, images: list[torch.Tensor]) -> IASMOutput:
+        """Images `(3, h, w)` of different sizes: one batch for all that have one size once they are resized."""
+        batches = {}
+        for indices in _equal([image.shape for image in images]):
+            pixels = self.to_rgb(torch.stack([images[i] for i in indices]))
+            batches.setdefault(pixels.shape[-2:], []).append((indices, pixels))
+        order = [i for batch in batches.values() for indices, _ in batch for i in indices]
+        parts = [self.analyse(torch.cat([pixels for _, pixels in batch])) for batch in batches.values()]
+        return _join_outputs(parts, order)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | list[torch.Tensor],
+        rating_targets: torch.Tensor | None = None,
+        saliency_targets: torch.Tensor | None = None,
+        aspect_targets: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> IASMOutput:
+        r"""
+        Args:
+            pixel_values: `(n, 3, h, w)`, or a list of `(3, h, w)` of any sizes; normalised by `config.image_mean` and
+                `config.image_std`.
+            rating_targets: `(n, 10)`, shares of the ratings 1 to 10; a row of zeros has no rating.
+            saliency_targets: `(n, h, w)`, not negative, any scale; a map of zeros has no truth.
+            aspect_targets: `(n, num_aspects)` in 0..1; a negative value is unknown.
+        """
+        if isinstance(pixel_values, list):
+            outputs = self.analyse_sizes(pixel_values)
+        else:
+            outputs = self.analyse(self.to_rgb(pixel_values))
         _set_fields(outputs, saliency_losses(self.config, outputs, rating_targets, saliency_targets, aspect_targets))
         return outputs
+
+
+def _equal(values: list[Any]) -> list[list[int]]:
+    """The indices of equal values together, in order of first appearance."""
+    groups = {}
+    for i, value in enumerate(values):
+        groups.setdefault(value, []).append(i)
+    return list(groups.values())
+
+
+def _join_outputs(parts: list[IASMOutput], order: list[int] | None = None) -> IASMOutput:
+    """Puts the images of several outputs into one; `order` gives the number of each. Smaller maps are padded."""
+    if len(parts) == 1 and order is None:
+        return parts[0]
+    device = parts[0].saliency_maps.device
+    sizes = [part.saliency_maps.shape[-2:] for part in parts]
+    height, width = (max(sides) for sides in zip(*sizes))
+    padded = [
+        F.pad(part.saliency_maps, (0, width - part.saliency_maps.shape[2], 0, height - part.saliency_maps.shape[1]))
+        for part in parts
+    ]
+    joined = {
+        "saliency_tokens": torch.cat([part.saliency_tokens for part in parts]),
+        "saliency_maps": torch.cat(padded),
+        "score_logits": torch.cat([part.score_logits for part in parts]),
+    }
+    if len(set(sizes)) > 1:
+        rows = [size for part, size in zip(parts, sizes) for _ in range(len(part.saliency_maps))]
+        joined["saliency_map_sizes"] = torch.tensor(rows, device=device)
+    if parts[0].aspect_logits is not None:
+        joined["aspect_logits"] = torch.cat([part.aspect_logits for part in parts])
+    if order is not None:
+        back = torch.tensor(order, device=device).argsort()
+        joined = {name: values[back] for name, values in joined.items()}
+    return IASMOutput(**joined)
 
 
 def _build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
@@ -592,7 +660,8 @@ def saliency_losses(
     if rating_targets is not None:
         terms["score_loss"] = rating_loss(outputs.score_logits, rating_targets)
     if saliency_targets is not None:
-        terms["saliency_loss"] = saliency_map_loss(outputs.saliency_maps, saliency_targets)
+        sizes = outputs.get("saliency_map_sizes")
+        terms["saliency_loss"] = saliency_map_loss(outputs.saliency_maps, saliency_targets, sizes)
     if aspect_targets is not None:
         if outputs.aspect_logits is None:
             raise ValueError(
@@ -614,18 +683,31 @@ def rating_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return (distances * given).sum() / given.sum().clamp(min=1)
 
 
-def saliency_map_loss(maps: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """KL divergence minus linear correlation of probability maps `(n, h, w)`; targets of zeros are left out."""
+def saliency_map_loss(maps: torch.Tensor, targets: torch.Tensor, sizes: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    KL divergence minus linear correlation of probability maps `(n, h, w)`; targets of zeros are left out.
+
+    `sizes` `(n, 2)` are the heights and widths of maps padded to one size.
+    """
     if len(targets) != len(maps):
         raise ValueError(f"`saliency_targets` has {len(targets)} maps for {len(maps)} images.")
+    given = targets.flatten(1).sum(1) > 0
+    if sizes is None:
+        losses = _map_losses(maps, targets)
+    else:
+        cut = [one[None, :height, :width] for one, (height, width) in zip(maps, sizes.tolist())]
+        losses = torch.cat([_map_losses(one, target[None]) for one, target in zip(cut, targets)])
+    return (losses * given).sum() / given.sum().clamp(min=1)
+
+
+def _map_losses(maps: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     targets = F.adaptive_avg_pool2d(targets.float().unsqueeze(1), maps.shape[-2:]).flatten(1)
-    given = targets.sum(1) > 0
     targets = targets / targets.sum(1, keepdim=True).clamp(min=1e-6)
     maps = maps.flatten(1)
     divergence = (targets * ((targets + 1e-8).log() - (maps + 1e-8).log())).sum(1)
     a, b = maps - maps.mean(1, keepdim=True), targets - targets.mean(1, keepdim=True)
     correlation = (a * b).sum(1) / (a.square().sum(1) * b.square().sum(1) + 1e-16).sqrt()
-    return ((divergence - correlation) * given).sum() / given.sum().clamp(min=1)
+    return divergence - correlation
 
 
 def aspect_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -647,55 +729,236 @@ def _check_targets(name: str, targets: torch.Tensor, logits: torch.Tensor):
 
 
 @dataclass
-class ImageEncoder:
-    """A base's vision encoder: the module that gets the pixels, its layers, their width, and the last one that counts."""
+class EncoderImages:
+    """
+    What one call of an image encoder is about.
 
-    module: PreTrainedModel
-    layers: nn.ModuleList
-    hidden_size: int
+    Args:
+        pixels: `(n, 3, h, w)`, or a list of `(3, h, w)` where sizes differ.
+        lengths: Patches of each image where the encoder's layers see all images as one row; `None` where each image has
+            a row of its own.
+    """
+
+    pixels: torch.Tensor | list[torch.Tensor]
+    lengths: list[int] | None = None
+
+
+# The forms in which encoders get their pixels. Each reader takes the encoder's arguments and gives the images.
+
+
+def _read_images(encoder: nn.Module, pixel_values: torch.Tensor, **kwargs: Any) -> EncoderImages:
+    """Dense images or tiles `(n, 3, h, w)`, a row each."""
+    return EncoderImages(pixel_values)
+
+
+def _read_masked_images(
+    encoder: nn.Module, pixel_values: torch.Tensor, patch_attention_mask: torch.Tensor | None = None, **kwargs: Any
+) -> EncoderImages:
+    """Images `(n, 3, h, w)` padded on the right and below; `patch_attention_mask` `(n, h / p, w / p)` is true inside."""
+    if patch_attention_mask is None:
+        return EncoderImages(pixel_values)
+    patch = pixel_values.shape[-1] // patch_attention_mask.shape[-1]
+    sides = torch.stack([patch_attention_mask.any(2).sum(1), patch_attention_mask.any(1).sum(1)], dim=1) * patch
+    return EncoderImages(_crop(pixel_values, sides.tolist()))
+
+
+def _read_sized_images(
+    encoder: nn.Module, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None, **kwargs: Any
+) -> EncoderImages:
+    """Images `(n, 3, h, w)` padded to one size, of `image_sizes` `(n, 2)` in pixels; the layers see one row."""
+    patch = encoder.config.patch_size
+    sizes = [pixel_values.shape[-2:]] * len(pixel_values) if image_sizes is None else torch.as_tensor(image_sizes)
+    grids = [(int(height) // patch, int(width) // patch) for height, width in sizes]
+    pixels = _crop(pixel_values, [(height * patch, width * patch) for height, width in grids])
+    return EncoderImages(pixels, [height * width for height, width in grids])
+
+
+def _read_packed_patches(
+    encoder: nn.Module,
+    pixel_values: torch.Tensor,
+    grid_thw: torch.Tensor,
+    merge_sizes: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> EncoderImages:
+    """
+    Patches of all images in one row, `(p, 3 * frames * side * side)` or `(p, 3, side, side)`, and their grids
+    `grid_thw` `(n, 3)`.
+
+    Patches of one merge block stand together. Each frame of a video is an image; of the frames that one patch holds,
+    the first is taken.
+    """
+    if pixel_values.ndim >= 4:
+        patches = pixel_values.flatten(0, -4)
+    else:
+        side = encoder.config.patch_size
+        patches = pixel_values.reshape(-1, 3, pixel_values.shape[-1] // (3 * side**2), side, side)[:, :, 0]
+    # encoders keep here the block in which they count their positions, 1 where they merge without blocks
+    blocks = [getattr(encoder, "spatial_merge_size", 1)] * len(grid_thw)
+    blocks = blocks if merge_sizes is None else merge_sizes.tolist()
+    grids = [(h, w, block) for (t, h, w), block in zip(grid_thw.tolist(), blocks) for _ in range(t)]
+    return EncoderImages(_join_patches(patches, grids), [height * width for height, width, _ in grids])
+
+
+def _read_patch_strip(
+    encoder: nn.Module, pixel_values: torch.Tensor, target_sizes: torch.Tensor, **kwargs: Any
+) -> EncoderImages:
+    """Patches of all images side by side in one picture `(1, 3, side, p * side)`, their grids `target_sizes` `(n, 2)`."""
+    side = pixel_values.shape[2]
+    patches = pixel_values[0].unflatten(2, (-1, side)).permute(2, 0, 1, 3)
+    grids = [(height, width, 1) for height, width in target_sizes.tolist()]
+    return EncoderImages(_join_patches(patches, grids), [height * width for height, width, _ in grids])
+
+
+def _read_padded_patches(
+    encoder: nn.Module, pixel_values: torch.Tensor, spatial_shapes: torch.Tensor, **kwargs: Any
+) -> EncoderImages:
+    """Flat patches `(n, p, side * side * 3)`, colours last, padded behind; their grids `spatial_shapes` `(n, 2)`."""
+    side = encoder.config.patch_size
+    patches = pixel_values.unflatten(2, (side, side, 3)).permute(0, 1, 4, 2, 3)
+    grids = [(height, width) for height, width in spatial_shapes.tolist()]
+    kept = torch.cat([row[: height * width] for row, (height, width) in zip(patches, grids)])
+    return EncoderImages(_join_patches(kept, [(height, width, 1) for height, width in grids]))
+
+
+def _read_tiled_images(
+    encoder: nn.Module, pixel_values: torch.Tensor, aspect_ratio_ids: torch.Tensor, **kwargs: Any
+) -> EncoderImages:
+    """Tiles `(batch, images, tiles, 3, h, w)`; `aspect_ratio_ids` `(batch, images)` say how they were cut, 0 no image."""
+    layouts = [[1, 1], *encoder.config.supported_aspect_ratios]  # rows and columns
+    layouts = [layouts[i] for i in aspect_ratio_ids.flatten().tolist()]
+    # tiles are to images what patches are to tiles
+    tiles = torch.cat([tiles[: rows * columns] for tiles, (rows, columns) in zip(pixel_values.flatten(0, 1), layouts)])
+    return EncoderImages(_join_patches(tiles, [(rows, columns, 1) for rows, columns in layouts]))
+
+
+def _crop(pixel_values: torch.Tensor, sizes: list[tuple[int, int]]) -> torch.Tensor | list[torch.Tensor]:
+    if all(tuple(size) == tuple(pixel_values.shape[-2:]) for size in sizes):
+        return pixel_values
+    return [image[:, :height, :width] for image, (height, width) in zip(pixel_values, sizes)]
+
+
+def _join_patches(patches: torch.Tensor, grids: list[tuple[int, int, int]]) -> torch.Tensor | list[torch.Tensor]:
+    """
+    Puts patches `(p, 3, h, w)` of all images back together.
+
+    `grids` gives each image's rows and columns of patches, and the edge of the blocks in which they are ordered: 1 is
+    row by row.
+    """
+    lengths = [rows * columns for rows, columns, _ in grids]
+    if sum(lengths) != len(patches):
+        raise ValueError(f"The encoder got {len(patches)} patches for grids of {sum(lengths)}: {grids}.")
+    if len(set(grids)) == 1:
+        return _join_equal(patches.unflatten(0, (len(grids), -1)), *grids[0])
+    return [_join_equal(part[None], *grid)[0] for part, grid in zip(patches.split(lengths), grids)]
+
+
+def _join_equal(patches: torch.Tensor, rows: int, columns: int, block: int) -> torch.Tensor:
+    """`(n, rows * columns, 3, h, w)` to `(n, 3, rows * h, columns * w)`."""
+    blocks = patches.unflatten(1, (rows // block, columns // block, block, block))
+    ordered = blocks.permute(0, 5, 1, 3, 6, 2, 4, 7)
+    return ordered.reshape(len(patches), 3, rows * patches.shape[-2], columns * patches.shape[-1])
+
+
+# What an encoder takes beside its pixels tells their form.
+_READERS = {
+    "grid_thw": _read_packed_patches,
+    "target_sizes": _read_patch_strip,
+    "spatial_shapes": _read_padded_patches,
+    "aspect_ratio_ids": _read_tiled_images,
+    "image_sizes": _read_sized_images,
+    "patch_attention_mask": _read_masked_images,
+}
+_KNOWN_ARGUMENTS = {*_READERS, "merge_sizes", "pixel_attention_mask", "aspect_ratio_mask"}
+
+
+@dataclass
+class ImageEncoder:
+    """
+    A base's image encoder.
+
+    Args:
+        module: The module that gets the pixels.
+        arguments: Names of its arguments, the pixels first.
+        reader: Gives the images of a call, see `EncoderImages`.
+        layers: Its layers, and `hidden_sizes` their widths.
+        last_layer: Index of the last layer whose output reaches the language model.
+    """
+
+    module: nn.Module
+    arguments: list[str]
+    reader: Callable[..., EncoderImages]
+    layers: list[nn.Module]
+    hidden_sizes: list[int]
     last_layer: int
 
 
 def find_image_encoder(mllm: PreTrainedModel) -> ImageEncoder:
     """
-    Finds the encoder that turns dense pixels `(n, 3, h, w)` into patches `(n, p, hidden_size)` in the base `mllm`.
+    Finds in the base `mllm` the encoder that turns pixels of a known form into patches.
 
     Raises:
         ValueError: naming what was looked for and what was found.
     """
-    name = type(mllm).__name__
     encoder = mllm.get_encoder(modality="image")
     if encoder is mllm or encoder is mllm.base_model:
-        children = [child for child, _ in mllm.base_model.named_children()]
-        raise ValueError(f"{name} has no image encoder that `get_encoder('image')` finds; its parts are {children}.")
-    image_encoder = type(encoder).__name__
-    config = encoder.config
-    if encoder.main_input_name != "pixel_values" or getattr(config, "patch_size", None) is None:
         raise ValueError(
-            f"{name}'s encoder {image_encoder} takes `{encoder.main_input_name}` and its config has "
-            f"patch_size={getattr(config, 'patch_size', None)}; looked for `pixel_values` cut into patches."
+            f"{type(mllm).__name__} has no image encoder that `get_encoder('image')` finds; its parts are "
+            f"{[name for name, _ in mllm.base_model.named_children()]}."
         )
-    patch_convolutions = [m for m in encoder.modules() if isinstance(m, nn.Conv2d) and m.in_channels == 3]
-    if len(patch_convolutions) != 1 or patch_convolutions[0].stride != (config.patch_size, config.patch_size):
+    found = f"{type(mllm).__name__}'s image encoder {type(encoder).__name__}"
+    parameters = inspect.signature(encoder.forward).parameters
+    arguments = [name for name in parameters if name != "kwargs"]
+    required = [name for name in arguments[1:] if parameters[name].default is inspect.Parameter.empty]
+    if unknown := sorted(set(required) - _KNOWN_ARGUMENTS):
+        raise ValueError(f"{found} needs {unknown} beside its pixels; known are {sorted(_KNOWN_ARGUMENTS)}.")
+    reader = next((reader for name, reader in _READERS.items() if name in arguments), _read_images)
+    _check_patch_embedding(encoder, reader, found)
+    layers = _encoder_layers(encoder, found)
+    return ImageEncoder(
+        module=encoder,
+        arguments=arguments,
+        reader=reader,
+        layers=layers,
+        hidden_sizes=[_hidden_size(layer, found) for layer in layers],
+        last_layer=_last_visible_layer(mllm.config, len(layers)),
+    )
+
+
+def _check_patch_embedding(encoder: nn.Module, reader: Callable, found: str):
+    """Only a convolution (or unfolding) over colours says in which order the numbers of a patch stand."""
+    if reader is _read_padded_patches:
+        return  # NaFlex patches are defined with colours last
+    embeddings = [
+        module
+        for module in encoder.modules()
+        if isinstance(module, nn.Unfold) or (isinstance(module, (nn.Conv2d, nn.Conv3d)) and module.in_channels == 3)
+    ]
+    if not embeddings:
         raise ValueError(
-            f"{name}'s encoder {image_encoder} does not cut dense images (n, 3, h, w) by one convolution of stride "
-            f"{config.patch_size}: found {[tuple(m.stride) for m in patch_convolutions]}. Other forms of pixels "
-            "(tiles, packed or padded patches) are not understood."
+            f"{found} has no convolution over three colours, so the order of its pixels is not known; its parts are "
+            f"{[f'{name}: {type(module).__name__}' for name, module in encoder.named_children()]}."
         )
+
+
+def _encoder_layers(encoder: nn.Module, found: str) -> list[nn.Module]:
+    """The longest list of equal modules."""
     stacks = [m for m in encoder.modules() if isinstance(m, nn.ModuleList) and len({type(layer) for layer in m}) == 1]
-    layers = max(stacks, key=len, default=None)
-    if layers is None or len(layers) != getattr(config, "num_hidden_layers", None):
-        raise ValueError(
-            f"{name}'s encoder {image_encoder} has lists of {[len(m) for m in stacks]} layers; looked for one of "
-            f"num_hidden_layers={getattr(config, 'num_hidden_layers', None)}."
-        )
-    norms = [m for m in layers[0].modules() if isinstance(m, nn.LayerNorm)]
-    if not norms:
-        raise ValueError(f"{name}'s encoder layers {type(layers[0]).__name__} have no LayerNorm to read a width from.")
-    return ImageEncoder(encoder, layers, norms[0].normalized_shape[0], _last_visible_layer(mllm.config, len(layers)))
+    if not stacks:
+        raise ValueError(f"{found} has no list of equal layers; looked for an `nn.ModuleList`.")
+    return list(max(stacks, key=len))
 
 
-def _last_visible_layer(config: ASEConfig, num_layers: int) -> int:
+def _hidden_size(layer: nn.Module, found: str) -> int:
+    """Width of a layer's states, read from the layer: names of widths in configs mean different things."""
+    # its own norms first: those of the attention may be of one head
+    for module in (*layer.children(), *layer.modules()):
+        weight = getattr(module, "weight", None)
+        if "Norm" in type(module).__name__ and weight is not None and weight.ndim == 1:
+            return len(weight)
+    raise ValueError(f"{found} has layers {type(layer).__name__} without a norm to read their width from.")
+
+
+def _last_visible_layer(config: PreTrainedConfig, num_layers: int) -> int:
     """Index of the last encoder layer whose output reaches the language model; later ones get no gradient."""
     selected = getattr(config, "vision_feature_layer", None)
     if selected is None:
@@ -720,10 +983,56 @@ def _resolve_fusion_layers(fusion_layers: list[int] | None, encoder: ImageEncode
 class _EncoderCall:
     """What one call of the image encoder passes from its pixels to its fusing layers."""
 
-    def __init__(self, encoder: nn.Module, outputs: IASMOutput):
+    def __init__(self, encoder: nn.Module, outputs: IASMOutput, lengths: list[int] | None):
         self.encoder = encoder
         self.outputs = outputs
+        self.lengths = lengths
         self.reset_token = None
+
+    def to_rows(self, hidden_states: torch.Tensor, hidden_size: int) -> torch.Tensor:
+        """A layer's states to a row an image, `(n, p, hidden_size)`; rows of unequal images are padded."""
+        if self.lengths is None:
+            self._check_images(hidden_states)
+            if hidden_states.ndim == 3:
+                return hidden_states
+            if hidden_states.shape[-1] == hidden_size:  # (n, h, w, hidden_size)
+                return hidden_states.flatten(1, 2)
+            return hidden_states.flatten(2).transpose(1, 2)  # (n, hidden_size, h, w)
+        flat = hidden_states.flatten(0, -2)
+        lengths = self._lengths_of(len(flat))
+        if len(set(lengths)) == 1:
+            return flat.unflatten(0, (len(lengths), -1))
+        return nn.utils.rnn.pad_sequence(flat.split(lengths), batch_first=True)
+
+    def from_rows(self, rows: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Undoes `to_rows`, to the shape of `hidden_states`."""
+        if self.lengths is None:
+            if rows.ndim == hidden_states.ndim:
+                return rows
+            if hidden_states.shape[-1] == rows.shape[-1]:
+                return rows.view_as(hidden_states)
+            return rows.transpose(1, 2).reshape(hidden_states.shape)
+        lengths = self._lengths_of(hidden_states.shape[:-1].numel())
+        if len(set(lengths)) > 1:
+            rows = torch.cat([row[:length] for row, length in zip(rows, lengths)])
+        return rows.reshape(hidden_states.shape)
+
+    def _check_images(self, hidden_states: torch.Tensor):
+        images = len(self.outputs.saliency_tokens)
+        if hidden_states.ndim not in (3, 4) or len(hidden_states) != images:
+            raise ValueError(
+                f"A layer of the image encoder gives states of shape {tuple(hidden_states.shape)} for {images} images; "
+                "expected a row for each."
+            )
+
+    def _lengths_of(self, positions: int) -> list[int]:
+        """Each image's part of `positions`: encoders may merge patches between their layers."""
+        merged, rest = divmod(sum(self.lengths), positions)
+        if rest or any(length % merged for length in self.lengths):
+            raise ValueError(
+                f"A layer of the image encoder has {positions} states for images of {self.lengths} patches."
+            )
+        return [length // merged for length in self.lengths]
 
 
 # Context variables, so that two threads never see each other's images.
@@ -739,6 +1048,12 @@ class ASEModel(ASEPreTrainedModel):
     tokens after `config.fusion_layers`; nothing of the base is renamed, wrapped or copied.
     """
 
+    # what computes on one device; a device map may only cut between these
+    _no_split_modules = ["ImageAestheticSaliencyModule", "SaliencyCrossAttention"]
+    # Quantisers leave these out too, so that a quantised base can be trained with them. The patterns hold with and
+    # without the generating class around.
+    _keep_in_fp32_modules = [r"(?:model\.)?iasm", r"(?:model\.)?fusions"]
+
     def __init__(self, config: ASEConfig, mllm: PreTrainedModel | None = None):
         super().__init__(config)
         if mllm is None:
@@ -750,25 +1065,36 @@ class ASEModel(ASEPreTrainedModel):
         encoder = find_image_encoder(mllm)
         config.fusion_layers = _resolve_fusion_layers(config.fusion_layers, encoder)
         self.iasm = ImageAestheticSaliencyModule(config.iasm_config)
-        self.fusions = SaliencyFusions(config, dict.fromkeys(config.fusion_layers, encoder.hidden_size))
+        self.fusions = SaliencyFusions(config, {layer: encoder.hidden_sizes[layer] for layer in config.fusion_layers})
         self._hook_encoder(encoder)
         self.post_init()
 
     def _hook_encoder(self, encoder: ImageEncoder):
+        hooks = [getattr(hook, "func", None) for hook in encoder.module._forward_pre_hooks.values()]
+        if any(getattr(hook, "__name__", None) == self._start_encoder_call.__name__ for hook in hooks):
+            raise ValueError(
+                f"This {type(self.mllm).__name__} has the saliency branch already: use the ASE model that holds it, or "
+                "load the base again."
+            )
         # NOTE: partials of bound methods, because deepcopy follows those to the copied model and closures to the old
-        encoder.module.register_forward_pre_hook(self._start_encoder_call, with_kwargs=True)
+        start = partial(self._start_encoder_call, encoder.arguments, encoder.reader)
+        encoder.module.register_forward_pre_hook(start, with_kwargs=True)
         encoder.module.register_forward_hook(self._end_encoder_call, always_call=True)
         for layer in self.config.fusion_layers:
             # before the hooks that record hidden states: LLaVA reads its features from the recorded ones
             encoder.layers[layer].register_forward_hook(partial(self._fuse, layer), prepend=True)
 
-    def _start_encoder_call(self, encoder: nn.Module, args: tuple, kwargs: dict[str, Any]):
-        pixel_values = args[0] if args else kwargs["pixel_values"]
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
-            raise ValueError(
-                f"The image encoder got pixels of shape {tuple(pixel_values.shape)}; ASE reads dense images (n, 3, h, w)."
-            )
-        call = _EncoderCall(encoder, self.iasm(pixel_values))
+    def _start_encoder_call(
+        self,
+        arguments: list[str],
+        reader: Callable[..., EncoderImages],
+        encoder: nn.Module,
+        args: tuple,
+        kwargs: dict[str, Any],
+    ):
+        given = {**dict(zip(arguments, args)), **kwargs}
+        images = reader(encoder, given.pop(arguments[0]), **given)
+        call = _EncoderCall(encoder, self.iasm(images.pixels), images.lengths)
         call.reset_token = _encoder_call.set(call)
         if (collected := _collected_outputs.get()) is not None:
             collected.append(call.outputs)
@@ -786,7 +1112,9 @@ class ASEModel(ASEPreTrainedModel):
                 f"Encoder layer {layer} ran outside a call of its image encoder, so there are no saliency tokens."
             )
         hidden_states = output[0] if isinstance(output, tuple) else output
-        fused = self.fusions(layer, hidden_states, call.outputs.saliency_tokens)
+        rows = call.to_rows(hidden_states, self.fusions.hidden_size(layer))
+        fused = self.fusions(layer, rows, call.outputs.saliency_tokens)
+        fused = call.from_rows(fused, hidden_states)
         return (fused, *output[1:]) if isinstance(output, tuple) else fused
 
     @property
@@ -811,41 +1139,33 @@ class ASEModel(ASEPreTrainedModel):
 
     @can_return_tuple
     def get_image_features(
-        self,
-        pixel_values: torch.Tensor,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-        image_sizes: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> BaseModelOutputWithPooling:
         """
         Encodes images once: the base's output, with `saliency_maps`, `score_logits` and `aspect_logits` beside.
 
-        Pass it on as `generate(..., mm_encoder_outputs={"image": features})`. The parameters are named because
-        `generate()` passes only those that it finds in the signature.
+        `kwargs` are the arguments of the base's own method (grids, sizes, masks). Pass the output on as
+        `generate(..., mm_encoder_outputs={"image": features})`.
         """
-        given = _given(
-            vision_feature_layer=vision_feature_layer,
-            vision_feature_select_strategy=vision_feature_select_strategy,
-            image_sizes=image_sizes,
-        )
         features, saliency = self._call_with_saliency(
-            self.mllm.get_image_features, pixel_values=pixel_values, **given, **{**kwargs, "return_dict": True}
+            self.mllm.base_model.get_image_features, pixel_values=pixel_values, **{**kwargs, "return_dict": True}
         )
         _set_fields(features, saliency)
         return features
 
-    def _call_with_saliency(self, function: Callable, **kwargs: Any) -> tuple[ModelOutput, dict[str, torch.Tensor]]:
+    def _call_with_saliency(
+        self, function: Callable, *args: Any, **kwargs: Any
+    ) -> tuple[ModelOutput, dict[str, torch.Tensor]]:
         """Calls the base and returns its output with what the IASM said meanwhile, or before if features are given."""
         collected = []
         token = _collected_outputs.set(collected)
         try:
-            outputs = function(**kwargs)
+            outputs = function(*args, **kwargs)
         finally:
             _collected_outputs.reset(token)
-        if not collected:
-            collected = [(kwargs.get("mm_encoder_outputs") or {}).get("image")]
-        return outputs, _saliency_outputs(collected[0])
+        if collected:
+            return outputs, _saliency_outputs(_join_outputs(collected))
+        return outputs, _saliency_outputs((kwargs.get("mm_encoder_outputs") or {}).get("image"))
 
     @can_return_tuple
     def forward(
@@ -860,6 +1180,9 @@ class ASEModel(ASEPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> ASEModelOutputWithPast:
         """Arguments are the base's own; those left `None` are not passed on."""
+        # a base would swallow them, and whoever computes the loss outside would never know
+        if targets := sorted(_given(**{name: kwargs.get(name) for name in TARGETS})):
+            raise ValueError(f"{targets} need `ASEForConditionalGeneration.forward`: the body computes no loss.")
         given = _given(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -879,7 +1202,7 @@ def _given(**kwargs: Any) -> dict[str, Any]:
 
 
 def _saliency_outputs(outputs: ModelOutput | None) -> dict[str, torch.Tensor]:
-    names = ("saliency_maps", "score_logits", "aspect_logits")
+    names = ("saliency_maps", "saliency_map_sizes", "score_logits", "aspect_logits")
     return {name: outputs[name] for name in names if outputs is not None and name in outputs}
 
 
@@ -899,6 +1222,7 @@ class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = ASEModel(config, mllm)
         self.input_modalities = self.model.input_modalities
+        self._is_stateful = self.model.mllm._is_stateful  # such caches cannot be cut back, as assisted decoding does
         self.post_init()
 
     @classmethod
@@ -946,10 +1270,37 @@ class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
         config.iasm_config._attn_implementation_internal = attention
         config.dtype = mllm.dtype
         model = cls(config, mllm)
-        model.model.iasm.to(dtype=mllm.dtype, device=mllm.device)
-        model.model.fusions.to(dtype=mllm.dtype, device=mllm.device)
+        device = model._inherit_devices(mllm)
+        model.model.iasm.to(dtype=mllm.dtype, device=device)
+        model.model.fusions.to(dtype=mllm.dtype, device=device)
+        model._inherit_quantisation(mllm)
         model.generation_config = mllm.generation_config
         return model.train(mllm.training)
+
+    def _inherit_devices(self, mllm: PreTrainedModel) -> torch.device | int | str:
+        """Extends the device map of a base that has one; returns where the added modules belong."""
+        device_map = vars(mllm).get("hf_device_map")
+        if device_map is None:
+            return mllm.device
+        # accelerate computes what is offloaded on the first device that is not an offload
+        device = next((device for device in device_map.values() if device not in ("cpu", "disk")), "cpu")
+        inherited = {f"model.mllm.{name}" if name else "model.mllm": place for name, place in device_map.items()}
+        self.hf_device_map = {**inherited, "model.iasm": device, "model.fusions": device}
+        return device
+
+    def _inherit_quantisation(self, mllm: PreTrainedModel):
+        """Loading marks the model that it quantised; saving, `Trainer` and PEFT look for the marks on the outer one."""
+        for name in ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+            if name in vars(mllm):
+                setattr(self, name, vars(mllm)[name])
+        if "quantization_config" not in vars(mllm.config):
+            return
+        settings = copy(vars(mllm.config).pop("quantization_config"))
+        # the names of what stays as it is count from the base; its own patterns may also be ends of names
+        skipped = vars(mllm.hf_quantizer).get("modules_to_not_convert", [])
+        field = "llm_int8_skip_modules" if "llm_int8_skip_modules" in vars(settings) else "modules_to_not_convert"
+        setattr(settings, field, [*skipped, *(f"model.mllm.{name}" for name in skipped)])
+        self.config.quantization_config = settings
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
@@ -983,7 +1334,7 @@ class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
+        logits_to_keep: int | torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         rating_targets: torch.Tensor | None = None,
         saliency_targets: torch.Tensor | None = None,
@@ -1011,10 +1362,9 @@ class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
             mm_encoder_outputs=mm_encoder_outputs,
             labels=labels if caption_weights is None else None,
             num_items_in_batch=num_items_in_batch if labels is not None else None,
+            logits_to_keep=logits_to_keep,
         )
-        outputs, saliency = self.model._call_with_saliency(
-            self.model.mllm, **given, logits_to_keep=logits_to_keep, **{**kwargs, "return_dict": True}
-        )
+        outputs, saliency = self.model._call_with_saliency(self.model.mllm, **given, **{**kwargs, "return_dict": True})
         result = ASECausalLMOutputWithPast(**_known_fields(ASECausalLMOutputWithPast, outputs), **saliency)
         if labels is not None:
             if caption_weights is not None:
@@ -1049,7 +1399,25 @@ class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
 
     # Generation is the base's: its own hooks prepare positions, masks and caches. ------------------------------------
 
+    def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """See `GenerationMixin.generate`. A base with a method of its own (BLIP-2 and its kin) generates by that."""
+        mllm = self.model.mllm
+        if type(mllm).generate is not GenerationMixin.generate:
+            return mllm.generate(**_given(inputs=inputs), **kwargs)
+        return super().generate(inputs, **kwargs)
+
+    def _maybe_prepare_encoder_kwargs_for_generation(self, *args, **kwargs) -> dict[str, Any]:
+        # the base knows the names of its encoder's arguments; what it returns are the `model_kwargs` of generation
+        prepared, saliency = self.model._call_with_saliency(
+            self.model.mllm._maybe_prepare_encoder_kwargs_for_generation, *args, **kwargs
+        )
+        if (features := (prepared.get("mm_encoder_outputs") or {}).get("image")) is not None:
+            _set_fields(features, saliency)
+        return prepared
+
     def prepare_inputs_for_generation(self, *args, **kwargs) -> dict[str, Any]:
+        # evaluation hands a whole training batch over; as transformers drops `labels` here, so go the other targets
+        kwargs = {name: value for name, value in kwargs.items() if name not in TARGETS}
         return self.model.mllm.prepare_inputs_for_generation(*args, **kwargs)
 
     def _prepare_position_ids_for_generation(self, *args, **kwargs) -> torch.Tensor:
@@ -1062,7 +1430,11 @@ class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
         return self.model.mllm._update_model_kwargs_for_generation(*args, **kwargs)
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]):
-        self.model.mllm._validate_model_kwargs(model_kwargs)
+        known = {name: value for name, value in model_kwargs.items() if name not in TARGETS}
+        self.model.mllm._validate_model_kwargs(known)
+
+    def _prepare_static_cache(self, *args, **kwargs) -> Cache:
+        return self.model.mllm._prepare_static_cache(*args, **kwargs)
 
     def _prepare_cache_for_generation(self, *args, **kwargs) -> bool:
         return self.model.mllm._prepare_cache_for_generation(*args, **kwargs)

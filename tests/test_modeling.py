@@ -555,7 +555,7 @@ def test_a_layer_outside_its_encoder_is_an_error():
 @pytest.mark.parametrize("shape", [(3, 32, 32), (2, 5, 3, 32, 32), (2, 1, 32, 32)])
 def test_other_forms_of_pixels_are_refused_with_their_shape(shape):
     model = tiny_model()
-    with pytest.raises(ValueError, match="got pixels of shape .*" + ", ".join(map(str, shape))):
+    with pytest.raises(ValueError, match="takes images .*" + ", ".join(map(str, shape))):
         model.model.vision_tower(torch.zeros(shape))
     assert context_is_clear()
 
@@ -695,29 +695,36 @@ TINY_TEXT = {
 }
 
 
-def test_a_base_with_packed_patches_is_refused():
-    config = transformers.Qwen2VLConfig(
-        text_config={**TINY_TEXT, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}},
-        vision_config={"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "patch_size": 8},
-    )
-    with pytest.raises(ValueError, match=r"Qwen2VisionTransformer.* takes `input_ids` .*; looked for `pixel_values`"):
-        tiny_from_config(config)
-
-
 def test_a_base_without_an_image_encoder_is_refused():
     config = transformers.FuyuConfig(text_config={**TINY_TEXT, "model_type": "persimmon"}, **TINY_TEXT, patch_size=8)
     with pytest.raises(ValueError, match=r"FuyuForCausalLM has no image encoder that `get_encoder.*its parts are"):
         tiny_from_config(config)
 
 
-def test_a_base_with_padded_patches_is_refused():
-    vision = {"model_type": "pixtral", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = tiny_config()
-    config.vision_config = transformers.PixtralVisionConfig(
-        **vision, intermediate_size=64, image_size=32, patch_size=8
+def test_patches_whose_colours_stand_in_an_unknown_order_are_refused():
+    config = transformers.Ernie4_5_VLMoeConfig(
+        vision_config={"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "patch_size": 8}
     )
-    with pytest.raises(ValueError, match="encoder layers PixtralAttentionLayer have no LayerNorm"):
+    with pytest.raises(
+        ValueError, match="Ernie.* no convolution over three colours, so the order of its pixels is not"
+    ):
         tiny_from_config(config)
+
+
+def test_an_encoder_with_unknown_arguments_is_refused():
+    base = tiny_base()
+    forward = base.model.vision_tower.forward
+    base.model.vision_tower.forward = lambda pixel_values, patch_map, **kwargs: forward(pixel_values, **kwargs)
+    with pytest.raises(ValueError, match=r"CLIPVisionModel needs \['patch_map'\] beside its pixels; known are"):
+        graft(base)
+
+
+def test_a_base_is_grafted_once():
+    base = tiny_base()
+    model = graft(base)
+    for again in (base, model):
+        with pytest.raises(ValueError, match="has the saliency branch already"):
+            graft(again)
 
 
 def test_a_text_model_is_refused():

@@ -155,8 +155,9 @@ class ASEConfig(_SavedWithCode):
         super().__post_init__(**kwargs)
         for config, implementations in kept:
             config.__dict__.update(implementations)
-        # The tying is the base's; saying it here too makes every outside reader see the same.
-        self.tie_word_embeddings = self.mllm_config.tie_word_embeddings
+        # The tying is the base's; saying it here too makes every outside reader see the same. Some leave it to the text.
+        texts = (self.mllm_config, self.mllm_config.get_text_config())
+        self.tie_word_embeddings = next((c.tie_word_embeddings for c in texts if "tie_word_embeddings" in vars(c)), False)
 
     def validate_architecture(self):
         """Part of `@strict`: refuses sizes and layers that cannot be."""
@@ -178,6 +179,17 @@ class ASEConfig(_SavedWithCode):
     def from_mllm_config(cls, config: PreTrainedConfig, **kwargs: Any) -> "ASEConfig":
         """Wraps the configuration of a vision-language model; `kwargs` are fields of `ASEConfig`."""
         return cls(mllm_config=config, **kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "ASEConfig":
+        """As of every configuration; that of another model is refused, because its weights would find no place."""
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(
+                f"This is the configuration of a `{model_type}` model, not of an `{cls.model_type}` model. To give a base "
+                "model the saliency branch, load it with `ASEForConditionalGeneration.from_mllm_pretrained`."
+            )
+        return super().from_dict(config_dict, **kwargs)
 
     def _auto_classes(self) -> dict[str, type]:
         from .modeling_ase import ASEForConditionalGeneration, ASEModel

@@ -1,0 +1,215 @@
+"""Every form in which vision-language models hold their image patches: the same promises for all."""
+
+import copy
+from dataclasses import dataclass
+
+import pytest
+import torch
+from conftest import ASPECTS, graft, is_added, open_gates
+from families import FAMILIES, Family, text_inputs
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+
+from ase_mllm import ASEForConditionalGeneration
+from ase_mllm.modeling_ase import SALIENCY_STRIDE
+
+
+NEW_TOKENS = 4
+
+
+@dataclass
+class Case:
+    """A family's base with its fresh graft (one set of weights) and a graft with open gates."""
+
+    family: Family
+    base: PreTrainedModel
+    fresh: ASEForConditionalGeneration
+    fused: ASEForConditionalGeneration
+
+    def images(self, seeds: tuple[int, ...] = (0, 1)) -> list[torch.Tensor]:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return [torch.randn(3, *size, generator=g) for size, g in zip(self.family.sizes, generators)]
+
+    def inputs(self, seeds: tuple[int, ...] = (0, 1)) -> dict[str, torch.Tensor]:
+        return self.family.inputs(self.images(seeds))
+
+
+def noisy_base(family: Family) -> PreTrainedModel:
+    torch.manual_seed(0)
+    base = AutoModelForImageTextToText.from_config(family.config()).eval()
+    for parameter in base.parameters():  # away from the small initial values, so that outputs differ visibly
+        parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    return base
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def case(request) -> Case:
+    family = FAMILIES[request.param]
+    base = noisy_base(family)
+    fresh = graft(copy.deepcopy(base))
+    return Case(family, base, fresh, open_gates(copy.deepcopy(fresh)))
+
+
+def greedy(model: PreTrainedModel, inputs: dict[str, torch.Tensor], **kwargs) -> torch.Tensor:
+    return model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, **kwargs)
+
+
+@torch.no_grad()
+def test_a_fresh_graft_is_the_base(case):
+    inputs = case.inputs()
+    assert torch.equal(case.fresh(**inputs).logits, case.base(**inputs).logits)
+    assert torch.equal(greedy(case.fresh, inputs), greedy(case.base, inputs))
+    try:
+        beams = greedy(case.base, inputs, num_beams=2)
+    except Exception as error:  # some bases have no beams
+        with pytest.raises(type(error)):
+            greedy(case.fresh, inputs, num_beams=2)
+    else:
+        assert torch.equal(greedy(case.fresh, inputs, num_beams=2), beams)
+
+
+@torch.no_grad()
+def test_open_gates_move_the_logits_and_generation_follows(case):
+    inputs = case.inputs()
+    fused = case.fused(**inputs).logits
+    assert fused.isfinite().all()
+    assert (fused - case.fresh(**inputs).logits).abs().max() > 1e-3
+    tokens = greedy(case.fused, inputs, output_logits=True, return_dict_in_generate=True)
+    torch.testing.assert_close(tokens.logits[0], fused[:, -1].float(), atol=1e-4, rtol=1e-4)
+
+
+def test_every_added_parameter_gets_a_gradient(case):
+    case.fused.zero_grad()
+    outputs = case.fused(**case.inputs())
+    (outputs.logits.square().mean() + outputs.score_logits.square().mean() + outputs.aspect_logits.mean()).backward()
+    missing = [
+        name
+        for name, parameter in case.fused.named_parameters()
+        if is_added(name) and (parameter.grad is None or not parameter.grad.any())
+    ]
+    case.fused.zero_grad()
+    assert not missing
+
+
+@torch.no_grad()
+def test_an_image_moves_its_own_sample_only(case):
+    before, after = case.fused(**case.inputs()), case.fused(**case.inputs((0, 2)))
+    change = (after.logits - before.logits).abs().amax((1, 2))
+    assert change[0] < 1e-5 and change[1] > 1e-3
+    images = len(before.score_logits) // 2
+    assert torch.equal(after.score_logits[:images], before.score_logits[:images])
+
+
+@torch.no_grad()
+def test_a_batch_of_one_agrees_with_its_row_in_a_batch_of_two(case):
+    images = case.images()
+    both = case.fused(**case.family.inputs(images))
+    rows = 0
+    for i, image in enumerate(images):
+        alone = case.fused(**case.family.inputs([image]))
+        length = min(alone.logits.shape[1], both.logits.shape[1])
+        torch.testing.assert_close(alone.logits[0, -4:], both.logits[i, -length:][-4:], atol=1e-4, rtol=1e-4)
+        mine = slice(rows, rows + len(alone.score_logits))
+        torch.testing.assert_close(alone.score_logits, both.score_logits[mine], atol=1e-5, rtol=1e-5)
+        rows += len(alone.score_logits)
+    assert rows == len(both.score_logits)
+
+
+@torch.no_grad()
+def test_without_an_image_nothing_changes(case):
+    inputs = text_inputs([[], []])
+    try:
+        logits = case.base(**inputs).logits
+    except TypeError:  # BLIP-2 does nothing without pixels
+        with pytest.raises(TypeError):
+            case.fused(**inputs)
+    else:
+        assert torch.equal(case.fused(**inputs).logits, logits)
+
+
+@torch.no_grad()
+def test_saves_and_loads_itself(case, tmp_path):
+    case.fused.save_pretrained(tmp_path / "first")
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "first").eval()
+    loaded.save_pretrained(tmp_path / "second")
+    states = [model.state_dict() for model in (case.fused, loaded)]
+    states.append(AutoModelForImageTextToText.from_pretrained(tmp_path / "second").state_dict())
+    for state in states[1:]:
+        assert state.keys() == states[0].keys()
+        assert all(torch.equal(state[key], states[0][key]) for key in state)
+    inputs = case.inputs()
+    # not bit for bit: what a base without sdpa leaves at eager is loaded with sdpa
+    torch.testing.assert_close(loaded(**inputs).logits, case.fused(**inputs).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_nothing(case, reentrant):
+    model = copy.deepcopy(case.fused).train()
+    model.enable_input_require_grads()
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        torch.manual_seed(0)
+        model(**case.inputs()).logits.square().mean().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    plain = gradients()
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    torch.testing.assert_close(gradients(), plain)
+
+
+@torch.no_grad()
+def test_bfloat16_is_finite(case):
+    model = copy.deepcopy(case.fused).bfloat16()
+    inputs = {name: t.bfloat16() if t.is_floating_point() else t for name, t in case.inputs().items()}
+    outputs = model(**inputs)
+    assert outputs.logits.isfinite().all() and outputs.saliency_maps.isfinite().all()
+
+
+@torch.no_grad()
+def test_a_base_that_has_recorded_hidden_states_is_fused_too(case):
+    base = copy.deepcopy(case.base)
+    inputs = case.inputs()
+    base(**inputs, output_hidden_states=True)
+    late = open_gates(graft(base))
+    late.load_state_dict(case.fused.state_dict())
+    assert torch.equal(late(**inputs).logits, case.fused(**inputs).logits)
+
+
+def seen_by_iasm(model: ASEForConditionalGeneration, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    seen = []
+    hook = model.model.iasm.register_forward_pre_hook(lambda module, args: seen.extend(args[0]))
+    with torch.no_grad():
+        model(**inputs)
+    hook.remove()
+    return seen
+
+
+def test_the_iasm_sees_the_photographs(case):
+    """Patches in whatever order are put back; where the base cuts tiles, each is a part of the photograph."""
+    images = case.images()
+    seen = seen_by_iasm(case.fused, case.family.inputs(images))
+    if len(seen) == len(images):
+        for image, pixels in zip(images, seen):
+            assert torch.equal(pixels.reshape(image.shape), image)
+    else:
+        assert len(seen) > len(images)
+        values = set(torch.cat([image.flatten() for image in images]).tolist())
+        tiles = [tile for tile in seen if set(tile.flatten().tolist()) <= values]
+        assert len(tiles) >= len(images)
+
+
+@torch.no_grad()
+def test_maps_come_back_at_the_aspect_ratio_of_what_was_seen(case):
+    inputs = case.inputs()
+    outputs = case.fused(**inputs)
+    seen = seen_by_iasm(case.fused, inputs)
+    sizes = outputs.saliency_map_sizes
+    shape = outputs.saliency_maps.shape
+    sizes = [shape[1:]] * len(seen) if sizes is None else sizes.tolist()
+    assert len(seen) == len(sizes) == shape[0] == len(outputs.aspect_logits)
+    assert outputs.aspect_logits.shape[1] == len(ASPECTS)
+    for pixels, (height, width), saliency_map in zip(seen, sizes, outputs.saliency_maps):
+        resized = case.fused.model.iasm.to_rgb(pixels[None]).shape
+        assert (height, width) == (resized[2] // SALIENCY_STRIDE, resized[3] // SALIENCY_STRIDE)
+        torch.testing.assert_close(saliency_map[:height, :width].sum(), torch.tensor(1.0))
+        assert (saliency_map > 0).sum() == height * width
