@@ -30,7 +30,8 @@ class Family:
 
 
 SQUARE = ((SIDE, SIDE), (SIDE, SIDE))
-UNEQUAL = ((SIDE, 2 * SIDE), (2 * SIDE, SIDE))
+UNEQUAL = ((SIDE, 2 * SIDE), (48, SIDE))
+TILES = ((SIDE, 2 * SIDE), (3 * SIDE, SIDE))  # different numbers of tiles, so that the smaller sample is padded
 
 TEXT = {
     "model_type": "llama",
@@ -56,7 +57,7 @@ VISION = {
 CLIP = {"model_type": "clip_vision_model", **VISION}
 SIGLIP = {"model_type": "siglip_vision_model", **VISION, "vision_use_head": False}
 GRID_VISION = {**VISION, "depth": 3, "embed_dim": 32, "out_hidden_size": 32, "num_heads": 2, "mlp_ratio": 2}
-MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]}
 # other special tokens of the families with grids and of gemma, out of the way of the text
 SPECIAL = {"video_token_id": 5, "vision_start_token_id": 6, "vision_end_token_id": 7, "video_start_token_id": 8}
 SPECIAL |= {"video_end_token_id": 9, "image_start_token_id": 10, "image_end_token_id": 11}
@@ -136,6 +137,48 @@ def split_inputs(images: list[torch.Tensor]) -> Inputs:
     return {**text_inputs(tokens), "pixel_values": pixel_values, "pixel_attention_mask": mask}
 
 
+def strip_inputs(images: list[torch.Tensor]) -> Inputs:
+    """MiniCPM-V: patches of all images side by side in one picture, and their grids; a token for 4 x 4 patches."""
+    grids = [[image.shape[1] // PATCH, image.shape[2] // PATCH] for image in images]
+    patches = torch.cat([cut(image, PATCH) for image in images])
+    return {
+        **text_inputs([[IMAGE] * (rows * columns // 16) for rows, columns in grids]),
+        "pixel_values": patches.permute(1, 2, 0, 3).flatten(2).unsqueeze(0),
+        "target_sizes": torch.tensor(grids, dtype=torch.int32),
+    }
+
+
+def placed_inputs(images: list[torch.Tensor]) -> Inputs:
+    """Gemma 4: rows of flat patches, colours last, padded to one length, and their columns and rows, -1 in padding."""
+    inputs = flat_patch_inputs(images)
+    shapes, mask = inputs.pop("spatial_shapes"), inputs.pop("pixel_attention_mask")
+    places = torch.full((*mask.shape, 2), -1)
+    for row, (height, width) in zip(places, shapes.tolist()):
+        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        row[: height * width] = torch.stack([x, y], dim=-1).flatten(0, 1)
+    types = (inputs["input_ids"] == IMAGE).long()
+    return {**inputs, "image_position_ids": places, "mm_token_type_ids": types}
+
+
+def merge_inputs(images: list[torch.Tensor]) -> Inputs:
+    """VideoLLaMA 3: as Qwen2-VL with patches of one frame, and how far each image's patches are merged."""
+    inputs = grid_inputs(images)
+    del inputs["mm_token_type_ids"]
+    pixel_values = inputs["pixel_values"].unflatten(1, (3, 2, PATCH, PATCH))[:, :, 0].flatten(1)
+    return {**inputs, "pixel_values": pixel_values, "image_merge_sizes": torch.full((len(images),), 2)}
+
+
+def row_major_inputs(images: list[torch.Tensor]) -> Inputs:
+    """PaddleOCR-VL: square patches of all images row by row."""
+    return {**grid_inputs(images), "pixel_values": torch.cat([cut(image, PATCH) for image in images])}
+
+
+def decoder_inputs(images: list[torch.Tensor]) -> Inputs:
+    """Florence-2: an encoder reads image and prompt, a decoder writes."""
+    inputs = dense_inputs(17)(images)
+    return {**inputs, "decoder_input_ids": torch.tensor([[EOS, 20, 21, 22, 23]] * len(images))}
+
+
 def tiled_inputs(images: list[torch.Tensor]) -> Inputs:
     """Mllama: tiles of each image padded to four, the number of the way in which it was cut, and which text sees it."""
     layouts = [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]
@@ -198,9 +241,18 @@ def flat_patch_inputs(images: list[torch.Tensor]) -> Inputs:
 # Families -------------------------------------------------------------------------------------------------------------
 
 LLAVA = {"vision_config": CLIP, "text_config": TEXT, "image_token_index": IMAGE}
-PINPOINTS = {"image_grid_pinpoints": [[SIDE, 2 * SIDE], [2 * SIDE, SIDE]]}
+PINPOINTS = {"image_grid_pinpoints": [[SIDE, 2 * SIDE], [3 * SIDE, SIDE]]}
 GRID = {**SPECIAL, "image_token_id": IMAGE}
 MROPE_TEXT = {name: value for name, value in TEXT.items() if name != "model_type"} | {"rope_parameters": MROPE}
+GATED_DELTA = {
+    **MROPE_TEXT,
+    "rope_parameters": {**MROPE, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5},
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+}
 QFORMER = {**VISION, "encoder_hidden_size": 32, "cross_attention_frequency": 1, "vocab_size": 99}
 
 FAMILIES = {
@@ -262,7 +314,7 @@ FAMILIES = {
         SQUARE,
     ),
     # tiles
-    "llava_next": Family(config("llava_next", **LLAVA, **PINPOINTS), anyres_inputs, UNEQUAL),
+    "llava_next": Family(config("llava_next", **LLAVA, **PINPOINTS), anyres_inputs, TILES),
     "llava_onevision": Family(
         config(
             "llava_onevision",
@@ -273,7 +325,7 @@ FAMILIES = {
             **PINPOINTS,
         ),
         anyres_inputs,
-        UNEQUAL,
+        TILES,
     ),
     "internvl": Family(
         config(
@@ -283,7 +335,7 @@ FAMILIES = {
             image_token_id=IMAGE,
         ),
         tile_inputs,
-        UNEQUAL,
+        TILES,
     ),
     "mllama": Family(
         config(
@@ -300,18 +352,18 @@ FAMILIES = {
             image_token_index=IMAGE,
         ),
         tiled_inputs,
-        UNEQUAL,
+        TILES,
     ),
     # images with a mask
     "idefics3": Family(
         config("idefics3", vision_config=VISION, text_config=TEXT, image_token_id=IMAGE, scale_factor=2),
         split_inputs,
-        UNEQUAL,
+        TILES,
     ),
     "smolvlm": Family(
         config("smolvlm", vision_config=VISION, text_config=TEXT, image_token_id=IMAGE, scale_factor=2),
         split_inputs,
-        UNEQUAL,
+        TILES,
     ),
     # flat patches, padded
     "lfm2_vl": Family(
@@ -341,7 +393,7 @@ FAMILIES = {
             **GRID,
         ),
         grid_inputs,
-        ((48, 80), (64, 32)),  # several windows an image, cut at its edges
+        ((80, 64), (48, 80)),  # several windows an image, cut at its edges
     ),
     "qwen3_vl": Family(
         config(
@@ -367,14 +419,7 @@ FAMILIES = {
         config(
             "qwen3_5",
             vision_config={**GRID_VISION, "num_position_embeddings": 16},
-            text_config={
-                **MROPE_TEXT,
-                "layer_types": ["linear_attention", "full_attention"],
-                "linear_key_head_dim": 8,
-                "linear_value_head_dim": 8,
-                "linear_num_key_heads": 2,
-                "linear_num_value_heads": 2,
-            },
+            text_config=GATED_DELTA,
             **GRID,
         ),
         grid_inputs,
@@ -402,6 +447,67 @@ FAMILIES = {
         sized_inputs,
         ((32, 64), (48, 32)),
     ),
+    "video_llama_3": Family(
+        config(
+            "video_llama_3",
+            vision_config={name: value for name, value in VISION.items() if name != "image_size"},
+            text_config={**TEXT, "model_type": "qwen2"},
+            image_token_id=IMAGE,
+            video_token_id=5,
+        ),
+        merge_inputs,
+        UNEQUAL,
+    ),
+    "paddleocr_vl": Family(
+        config("paddleocr_vl", vision_config=VISION, text_config=MROPE_TEXT, **GRID), row_major_inputs, UNEQUAL
+    ),
+    # patches of all images in one strip, of which the encoder keeps every fourth
+    "minicpmv4_6": Family(
+        config(
+            "minicpmv4_6",
+            vision_config=VISION,
+            text_config={
+                **GATED_DELTA,
+                "model_type": "qwen3_5_text",
+            },
+            image_token_id=IMAGE,
+            video_token_id=5,
+            insert_layer_id=1,
+        ),
+        strip_inputs,
+        ((SIDE, 2 * SIDE), (SIDE, SIDE)),
+    ),
+    # patches with their places
+    "gemma4": Family(
+        config(
+            "gemma4",
+            vision_config={
+                **VISION,
+                "num_key_value_heads": 2,
+                "head_dim": 16,
+                "pooling_kernel_size": 2,
+                "position_embedding_size": 16,
+            },
+            text_config={
+                **TEXT,
+                "model_type": "gemma4_text",
+                "layer_types": ["sliding_attention", "full_attention"],
+                "global_head_dim": 16,
+                "vocab_size_per_layer_input": 99,
+                "hidden_size_per_layer_input": 8,
+            },
+            audio_config=None,
+            image_token_id=IMAGE,
+            video_token_id=5,
+            boi_token_id=10,
+            eoi_token_id=11,
+            boa_token_id=12,
+            eoa_token_index=13,
+            audio_token_id=14,
+        ),
+        placed_inputs,
+        UNEQUAL,
+    ),
     # states in two dimensions
     "got_ocr2": Family(
         config(
@@ -419,5 +525,43 @@ FAMILIES = {
         ),
         dense_inputs(4),
         ((64, 64), (64, 64)),
+    ),
+    # stages of different widths, and an encoder of text too
+    "florence2": Family(
+        config(
+            "florence2",
+            vision_config={
+                "depths": [1, 3],
+                "patch_size": [7, 3],
+                "patch_stride": [4, 2],
+                "patch_padding": [3, 1],
+                "patch_prenorm": [False, True],
+                "embed_dim": [16, 32],
+                "num_heads": [2, 2],
+                "num_groups": [2, 2],
+                "window_size": 4,
+                "projection_dim": 32,
+            },
+            text_config={
+                "model_type": "bart",
+                "d_model": 32,
+                "encoder_layers": 2,
+                "decoder_layers": 2,
+                "encoder_attention_heads": 2,
+                "decoder_attention_heads": 2,
+                "encoder_ffn_dim": 64,
+                "decoder_ffn_dim": 64,
+                "max_position_embeddings": 64,
+                "vocab_size": 99,
+                "pad_token_id": PAD,
+                "bos_token_id": BOS,
+                "eos_token_id": EOS,
+                "decoder_start_token_id": EOS,
+                "forced_eos_token_id": None,
+            },
+            image_token_id=IMAGE,
+        ),
+        decoder_inputs,
+        SQUARE,
     ),
 }

@@ -485,7 +485,7 @@ def test_static_cache_and_chunked_prefill_write_the_same_tokens():
 
 
 def context_is_clear() -> bool:
-    return modeling_ase._encoder_call.get() is None and modeling_ase._collected_outputs.get() is None
+    return not any(vars(modeling_ase._running).values())
 
 
 def attributes(model: torch.nn.Module) -> dict[str, dict[str, object]]:
@@ -706,7 +706,7 @@ def test_patches_whose_colours_stand_in_an_unknown_order_are_refused():
         vision_config={"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "patch_size": 8}
     )
     with pytest.raises(
-        ValueError, match="Ernie.* no convolution over three colours, so the order of its pixels is not"
+        ValueError, match=r"Ernie.* no convolution over three colours, so the order of its pixels is not"
     ):
         tiny_from_config(config)
 

@@ -6,6 +6,7 @@ is this project's own design. The zero-initialised tanh gate is Flamingo's (arXi
 """
 
 import inspect
+import threading
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
@@ -33,7 +34,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import maybe_autocast
-from transformers.utils.output_capturing import CompileableContextVar
 
 from .configuration_ase import ASEConfig, IASMConfig
 
@@ -820,6 +820,20 @@ def _read_padded_patches(
     return EncoderImages(_join_patches(kept, [(height, width, 1) for height, width in grids]))
 
 
+def _read_positioned_patches(
+    encoder: nn.Module, pixel_values: torch.Tensor, pixel_position_ids: torch.Tensor, **kwargs: Any
+) -> EncoderImages:
+    """Flat patches `(n, p, side * side * 3)`, colours last; their columns and rows `(n, p, 2)`, negative in padding."""
+    side = encoder.config.patch_size
+    patches = pixel_values.unflatten(2, (side, side, 3)).permute(0, 1, 4, 2, 3)
+    columns, rows = pixel_position_ids.unbind(-1)
+    sizes = (pixel_position_ids.amax(1) + 1).tolist()
+    places = rows * (columns.amax(1, keepdim=True) + 1) + columns
+    places = places.masked_fill(columns < 0, pixel_values.shape[1]).argsort(1)
+    kept = [row[order[: width * height]] for row, order, (width, height) in zip(patches, places, sizes)]
+    return EncoderImages(_join_patches(torch.cat(kept), [(height, width, 1) for width, height in sizes]))
+
+
 def _read_tiled_images(
     encoder: nn.Module, pixel_values: torch.Tensor, aspect_ratio_ids: torch.Tensor, **kwargs: Any
 ) -> EncoderImages:
@@ -864,6 +878,7 @@ _READERS = {
     "grid_thw": _read_packed_patches,
     "target_sizes": _read_patch_strip,
     "spatial_shapes": _read_padded_patches,
+    "pixel_position_ids": _read_positioned_patches,
     "aspect_ratio_ids": _read_tiled_images,
     "image_sizes": _read_sized_images,
     "patch_attention_mask": _read_masked_images,
@@ -900,6 +915,10 @@ def find_image_encoder(mllm: PreTrainedModel) -> ImageEncoder:
         ValueError: naming what was looked for and what was found.
     """
     encoder = mllm.get_encoder(modality="image")
+    if (
+        encoder is not mllm and _argument_names(encoder)[0] == "input_ids"
+    ):  # it reads texts and holds the one of images
+        encoder = encoder.get_encoder(modality="image")
     if encoder is mllm or encoder is mllm.base_model:
         raise ValueError(
             f"{type(mllm).__name__} has no image encoder that `get_encoder('image')` finds; its parts are "
@@ -907,7 +926,7 @@ def find_image_encoder(mllm: PreTrainedModel) -> ImageEncoder:
         )
     found = f"{type(mllm).__name__}'s image encoder {type(encoder).__name__}"
     parameters = inspect.signature(encoder.forward).parameters
-    arguments = [name for name in parameters if name != "kwargs"]
+    arguments = _argument_names(encoder)
     required = [name for name in arguments[1:] if parameters[name].default is inspect.Parameter.empty]
     if unknown := sorted(set(required) - _KNOWN_ARGUMENTS):
         raise ValueError(f"{found} needs {unknown} beside its pixels; known are {sorted(_KNOWN_ARGUMENTS)}.")
@@ -924,10 +943,14 @@ def find_image_encoder(mllm: PreTrainedModel) -> ImageEncoder:
     )
 
 
+def _argument_names(module: nn.Module) -> list[str]:
+    return [name for name in inspect.signature(module.forward).parameters if name != "kwargs"]
+
+
 def _check_patch_embedding(encoder: nn.Module, reader: Callable, found: str):
     """Only a convolution (or unfolding) over colours says in which order the numbers of a patch stand."""
-    if reader is _read_padded_patches:
-        return  # NaFlex patches are defined with colours last
+    if reader in (_read_padded_patches, _read_positioned_patches):
+        return  # these forms are defined with colours last
     embeddings = [
         module
         for module in encoder.modules()
@@ -941,11 +964,17 @@ def _check_patch_embedding(encoder: nn.Module, reader: Callable, found: str):
 
 
 def _encoder_layers(encoder: nn.Module, found: str) -> list[nn.Module]:
-    """The longest list of equal modules."""
-    stacks = [m for m in encoder.modules() if isinstance(m, nn.ModuleList) and len({type(layer) for layer in m}) == 1]
+    """The longest list of equal modules; a list of stages that are lists counts as one."""
+    lists = [_flatten(module) for module in encoder.modules() if isinstance(module, nn.ModuleList)]
+    stacks = [layers for layers in lists if len({type(layer) for layer in layers}) == 1]
     if not stacks:
         raise ValueError(f"{found} has no list of equal layers; looked for an `nn.ModuleList`.")
-    return list(max(stacks, key=len))
+    # of two equally long ones (what embeds each stage, and the stages), the layers are the heavier
+    return max(stacks, key=lambda layers: (len(layers), sum(p.numel() for m in layers for p in m.parameters())))
+
+
+def _flatten(modules: nn.ModuleList) -> list[nn.Module]:
+    return [one for m in modules for one in (_flatten(m) if isinstance(m, nn.ModuleList) else [m])]
 
 
 def _hidden_size(layer: nn.Module, found: str) -> int:
@@ -987,12 +1016,12 @@ class _EncoderCall:
         self.encoder = encoder
         self.outputs = outputs
         self.lengths = lengths
-        self.reset_token = None
+        self.outer = getattr(_running, "encoder_call", None)
 
     def to_rows(self, hidden_states: torch.Tensor, hidden_size: int) -> torch.Tensor:
         """A layer's states to a row an image, `(n, p, hidden_size)`; rows of unequal images are padded."""
         if self.lengths is None:
-            self._check_images(hidden_states)
+            self._check_images(hidden_states, hidden_size)
             if hidden_states.ndim == 3:
                 return hidden_states
             if hidden_states.shape[-1] == hidden_size:  # (n, h, w, hidden_size)
@@ -1017,12 +1046,18 @@ class _EncoderCall:
             rows = torch.cat([row[:length] for row, length in zip(rows, lengths)])
         return rows.reshape(hidden_states.shape)
 
-    def _check_images(self, hidden_states: torch.Tensor):
+    def _check_images(self, hidden_states: torch.Tensor, hidden_size: int):
         images = len(self.outputs.saliency_tokens)
-        if hidden_states.ndim not in (3, 4) or len(hidden_states) != images:
+        shape = tuple(hidden_states.shape)
+        if len(shape) not in (3, 4) or shape[0] != images or hidden_size not in (shape[1], shape[-1]):
             raise ValueError(
-                f"A layer of the image encoder gives states of shape {tuple(hidden_states.shape)} for {images} images; "
-                "expected a row for each."
+                f"A layer of the image encoder gives states of shape {shape} for {images} images; expected a row for "
+                f"each, of width {hidden_size}."
+            )
+        if len(shape) == 4 and shape[1] == shape[-1]:
+            raise ValueError(
+                f"A layer of the image encoder gives states of shape {shape}: width and height cannot be told from the "
+                f"{hidden_size} channels. Images of another size can be."
             )
 
     def _lengths_of(self, positions: int) -> list[int]:
@@ -1035,9 +1070,10 @@ class _EncoderCall:
         return [length // merged for length in self.lengths]
 
 
-# Context variables, so that two threads never see each other's images.
-_encoder_call = CompileableContextVar("ase_encoder_call")
-_collected_outputs = CompileableContextVar("ase_collected_outputs")
+# What runs in this thread, so that two threads never see each other's images: the `encoder_call`, and the
+# `collected_outputs` of whoever wants to know what the IASM says. NOTE: `torch.compile` traces this and no `ContextVar`,
+# and of a subclass with defaults it would read the defaults.
+_running = threading.local()
 
 
 class ASEModel(ASEPreTrainedModel):
@@ -1095,18 +1131,18 @@ class ASEModel(ASEPreTrainedModel):
         given = {**dict(zip(arguments, args)), **kwargs}
         images = reader(encoder, given.pop(arguments[0]), **given)
         call = _EncoderCall(encoder, self.iasm(images.pixels), images.lengths)
-        call.reset_token = _encoder_call.set(call)
-        if (collected := _collected_outputs.get()) is not None:
+        _running.encoder_call = call
+        if (collected := getattr(_running, "collected_outputs", None)) is not None:
             collected.append(call.outputs)
 
     def _end_encoder_call(self, encoder: nn.Module, args: tuple, output: Any):
-        call = _encoder_call.get()
+        call = getattr(_running, "encoder_call", None)
         # after an error before `_start_encoder_call` there is no call of this encoder to end
         if call is not None and call.encoder is encoder:
-            _encoder_call.reset(call.reset_token)
+            _running.encoder_call = call.outer
 
     def _fuse(self, layer: int, module: nn.Module, args: tuple, output: torch.Tensor | tuple) -> torch.Tensor | tuple:
-        call = _encoder_call.get()
+        call = getattr(_running, "encoder_call", None)
         if call is None:
             raise RuntimeError(
                 f"Encoder layer {layer} ran outside a call of its image encoder, so there are no saliency tokens."
@@ -1128,14 +1164,25 @@ class ASEModel(ASEPreTrainedModel):
     def get_encoder(self, modality: str | None = None) -> nn.Module:
         return self.mllm.get_encoder(modality=modality)
 
+    def set_encoder(self, encoder: nn.Module, modality: str | None = None):
+        self.mllm.set_encoder(encoder, modality=modality)
+        if modality == "image":
+            self._hook_encoder(find_image_encoder(self.mllm))
+
     def get_decoder(self) -> nn.Module:
         return self.mllm.get_decoder()
+
+    def set_decoder(self, decoder: nn.Module):
+        self.mllm.set_decoder(decoder)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.mllm.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module):
         self.mllm.set_input_embeddings(value)
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        return self.mllm.resize_token_embeddings(*args, **kwargs)  # new rows get the base's own initialisation
 
     @can_return_tuple
     def get_image_features(
@@ -1158,11 +1205,12 @@ class ASEModel(ASEPreTrainedModel):
     ) -> tuple[ModelOutput, dict[str, torch.Tensor]]:
         """Calls the base and returns its output with what the IASM said meanwhile, or before if features are given."""
         collected = []
-        token = _collected_outputs.set(collected)
+        outer = getattr(_running, "collected_outputs", None)
+        _running.collected_outputs = collected
         try:
             outputs = function(*args, **kwargs)
         finally:
-            _collected_outputs.reset(token)
+            _running.collected_outputs = outer
         if collected:
             return outputs, _saliency_outputs(_join_outputs(collected))
         return outputs, _saliency_outputs((kwargs.get("mm_encoder_outputs") or {}).get("image"))
@@ -1314,11 +1362,20 @@ class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value: nn.Module):
         self.model.mllm.set_output_embeddings(value)
 
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        return self.model.resize_token_embeddings(*args, **kwargs)
+
     def get_encoder(self, modality: str | None = None) -> nn.Module:
         return self.model.get_encoder(modality=modality)
 
+    def set_encoder(self, encoder: nn.Module, modality: str | None = None):
+        self.model.set_encoder(encoder, modality=modality)
+
     def get_decoder(self) -> nn.Module:
         return self.model.get_decoder()
+
+    def set_decoder(self, decoder: nn.Module):
+        self.model.set_decoder(decoder)
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """See `ASEModel.get_image_features`."""
@@ -1400,10 +1457,11 @@ class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
     # Generation is the base's: its own hooks prepare positions, masks and caches. ------------------------------------
 
     def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        """See `GenerationMixin.generate`. A base with a method of its own (BLIP-2 and its kin) generates by that."""
+        """See `GenerationMixin.generate`. A base with another way to generate does it by itself."""
         mllm = self.model.mllm
-        if type(mllm).generate is not GenerationMixin.generate:
-            return mllm.generate(**_given(inputs=inputs), **kwargs)
+        # a method of its own (BLIP-2 and its kin), or an encoder for the text too (Florence-2)
+        if type(mllm).generate is not GenerationMixin.generate or mllm.config.is_encoder_decoder:
+            return mllm.generate(**_given(inputs=inputs), **{"generation_config": self.generation_config, **kwargs})
         return super().generate(inputs, **kwargs)
 
     def _maybe_prepare_encoder_kwargs_for_generation(self, *args, **kwargs) -> dict[str, Any]:
@@ -1477,6 +1535,8 @@ def _image_normalisation(name_or_path: str, **kwargs: Any) -> dict[str, list[flo
         )
     except OSError:
         return {}
+    if settings.get("do_normalize") is False:
+        return {"image_mean": [0.0, 0.0, 0.0], "image_std": [1.0, 1.0, 1.0]}
     return {name: settings[name] for name in ("image_mean", "image_std") if settings.get(name) is not None}
 
 
