@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 def test_python_blocks_run_in_order(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    blocks = [block for block in blocks if "import OpenAI" not in block]  # needs a server: see test_serving.py
     assert len(blocks) == 3
     base = tmp_path / "base"
     tiny_base().save_pretrained(base)

@@ -9,7 +9,13 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+
+# `transformers serve` finds models by name in this table, which registering with an Auto class leaves as it is.
+# NOTE: not in modeling_ase.py: of a folder's own code, only this file and the processor's have run when it looks.
+MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES["ase"] = "ASEForConditionalGeneration"
 
 
 class _SavedWithCode(PreTrainedConfig):
@@ -157,7 +163,9 @@ class ASEConfig(_SavedWithCode):
             config.__dict__.update(implementations)
         # The tying is the base's; saying it here too makes every outside reader see the same. Some leave it to the text.
         texts = (self.mllm_config, self.mllm_config.get_text_config())
-        self.tie_word_embeddings = next((c.tie_word_embeddings for c in texts if "tie_word_embeddings" in vars(c)), False)
+        self.tie_word_embeddings = next(
+            (c.tie_word_embeddings for c in texts if "tie_word_embeddings" in vars(c)), False
+        )
 
     def validate_architecture(self):
         """Part of `@strict`: refuses sizes and layers that cannot be."""
