@@ -39,6 +39,7 @@ from .configuration_ase import ASEConfig, IASMConfig
 
 
 TARGETS = ("rating_targets", "saliency_targets", "aspect_targets", "caption_weights")
+TILES_HINT = "; where the base's processor cuts images into tiles, each tile is one: let it leave them whole"
 SALIENCY_STRIDE = 8  # pixels of the IASM's input per position of the saliency map
 
 
@@ -690,7 +691,7 @@ def saliency_map_loss(maps: torch.Tensor, targets: torch.Tensor, sizes: torch.Te
     `sizes` `(n, 2)` are the heights and widths of maps padded to one size.
     """
     if len(targets) != len(maps):
-        raise ValueError(f"`saliency_targets` has {len(targets)} maps for {len(maps)} images.")
+        raise ValueError(f"`saliency_targets` has {len(targets)} maps for {len(maps)} images{TILES_HINT}.")
     given = targets.flatten(1).sum(1) > 0
     if sizes is None:
         losses = _map_losses(maps, targets)
@@ -719,6 +720,8 @@ def aspect_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def _check_targets(name: str, targets: torch.Tensor, logits: torch.Tensor):
+    if len(targets) != len(logits):
+        raise ValueError(f"`{name}` has {len(targets)} rows for {len(logits)} images{TILES_HINT}.")
     if targets.shape != logits.shape:
         raise ValueError(f"`{name}` has shape {tuple(targets.shape)}, the model predicts {tuple(logits.shape)}.")
 

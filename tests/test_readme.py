@@ -1,9 +1,11 @@
-"""The README's code runs as it stands: only the Hub id of a large base is exchanged for a tiny folder."""
+"""The README's code runs as it stands: only the Hub ids of large bases are exchanged for tiny folders."""
 
 import re
 from pathlib import Path
 
 from conftest import tiny_base, tiny_processor
+from families import FAMILIES
+from transformers import AutoModelForImageTextToText
 
 
 ROOT = Path(__file__).parents[1]
@@ -13,17 +15,27 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     blocks = [block for block in blocks if "import OpenAI" not in block]  # needs a server: see test_serving.py
     assert len(blocks) == 3
-    base = tmp_path / "base"
-    tiny_base().save_pretrained(base)
-    tiny_processor().base_processor.save_pretrained(base)
+    llava, qwen = tmp_path / "llava", tmp_path / "qwen"
+    tiny_base().save_pretrained(llava)
+    tiny_processor().base_processor.save_pretrained(llava)
+    AutoModelForImageTextToText.from_config(FAMILIES["qwen2_vl"].config()).save_pretrained(qwen)
+    folders = {"llava-hf/llava-1.5-7b-hf": llava, "Qwen/Qwen2-VL-2B-Instruct": qwen}
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     namespace = {}
     for block in blocks:
-        exec(block.replace("llava-hf/llava-1.5-7b-hf", str(base)), namespace)
+        for hub_id, folder in folders.items():
+            block = block.replace(hub_id, str(folder))
+        exec(block, namespace)
     assert (tmp_path / "heat.png").exists()
-    assert (tmp_path / "my-ase" / "modeling_ase.py").exists()
+    assert all((tmp_path / "my-ase" / name / "modeling_ase.py").exists() for name in ("llava", "qwen"))
     assert namespace["trainer"].state.global_step == 3
+
+
+def test_the_families_named_are_those_tested():
+    table = (ROOT / "README.md").read_text(encoding="utf-8").split("## Which bases")[1].split("Every other base")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
+    assert sorted(re.findall(r"`([^`]+)`", "".join(rows))) == sorted(FAMILIES)
 
 
 def test_usage_in_the_model_card_runs(monkeypatch, capsys):
