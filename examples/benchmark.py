@@ -1,0 +1,389 @@
+"""
+What the saliency branch costs: every figure as a ratio to the base model, both measured in turn in one run.
+
+    python examples/benchmark.py                            # the bundled model and the shape of a real encoder
+    python examples/benchmark.py --models mini --repeats 3  # a minute
+    python examples/benchmark.py --card README.md           # writes the tables into a Markdown file too
+
+Times are medians over repeats in which base and graft take turns; memory is the peak of a fresh process for each;
+FLOPs and parameters of published shapes are counted without weights. Writes `benchmark.md` and `benchmark.json`.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+
+from ase_mllm import ASEConfig, ASEForConditionalGeneration
+
+
+EXAMPLES = Path(__file__).resolve().parent
+QWEN2_7B = {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+}
+SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
+# what distinguishes a published model from its family's default configuration
+PUBLISHED = {
+    "LLaVA-1.5-7B": ("llava", {"text_config": {"vocab_size": 32064}}, (336, 336), 576),
+    "Qwen2.5-VL-7B": (
+        "qwen2_5_vl",
+        {
+            "vision_config": {"hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584},
+            "text_config": {**QWEN2_7B, "vocab_size": 152064, "rope_parameters": {"mrope_section": [16, 24, 24]}},
+        },
+        (672, 1008),
+        24 * 36,
+    ),
+    "Qwen3-VL-8B": (
+        "qwen3_vl",
+        {
+            "vision_config": {"out_hidden_size": 4096},
+            "text_config": {
+                "hidden_size": 4096,
+                "intermediate_size": 12288,
+                "num_hidden_layers": 36,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 8,
+                "rope_parameters": {"mrope_section": [24, 20, 20]},
+            },
+        },
+        (640, 960),
+        20 * 30,
+    ),
+    "InternVL3-8B": ("internvl", {"text_config": {**QWEN2_7B, "vocab_size": 151674}}, (448, 448), 256),
+    "SmolVLM-2B": (
+        "smolvlm",
+        {
+            "vision_config": {**SO400M, "image_size": 384, "patch_size": 14},
+            "text_config": {
+                "model_type": "llama",
+                "hidden_size": 2048,
+                "intermediate_size": 8192,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 32,
+                "vocab_size": 49155,
+            },
+            "scale_factor": 3,
+        },
+        (384, 384),
+        81,
+    ),
+    "Gemma-3-12B": (
+        "gemma3",
+        {
+            "vision_config": {**SO400M, "image_size": 896, "patch_size": 14},
+            "text_config": {
+                "hidden_size": 3840,
+                "intermediate_size": 15360,
+                "num_hidden_layers": 48,
+                "num_attention_heads": 16,
+                "num_key_value_heads": 8,
+                "vocab_size": 262208,
+            },
+        },
+        (896, 896),
+        256,
+    ),
+}
+PROMPT_TOKENS = 64
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Counting on published shapes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def count(module: torch.nn.Module, *args, **kwargs) -> int:
+    """Floating point operations of one call."""
+    with FlopCounterMode(display=False) as counter:
+        module(*args, **kwargs)
+    return counter.get_total_flops()
+
+
+def count_published(family: str, settings: dict, image_size: tuple[int, int], image_tokens: int) -> dict[str, float]:
+    """
+    Parameters and operations of prefilling one image and a short prompt, and what the graft adds to them.
+
+    The base counts two operations a parameter and token, without attention's own: the share of what is added comes out
+    too large, not too small. The added modules are counted exactly.
+    """
+    height, width = image_size
+    config = AutoConfig.for_model(family, **settings)
+    with torch.device("meta"):
+        model = ASEForConditionalGeneration(ASEConfig.from_mllm_config(config)).requires_grad_(False).model
+        vision = model.vision_tower
+        patches = height * width // patch_side(vision.config) ** 2
+        pixels = torch.empty(1, 3, height, width)
+        added = count(model.iasm, pixels)
+        tokens = model.iasm(pixels).saliency_tokens
+        for layer in model.config.fusion_layers:
+            added += count(model.fusions, layer, torch.empty(1, patches, model.fusions.hidden_size(layer)), tokens)
+    text = parameters(model.get_decoder()) - parameters(model.get_input_embeddings())
+    operations = 2 * (parameters(vision) * patches + text * (image_tokens + PROMPT_TOKENS))
+    ours = parameters(model.iasm) + parameters(model.fusions)
+    return {
+        "parameters": parameters(model.mllm),
+        "added_parameters": ours,
+        "parameters_ratio": 1 + ours / parameters(model.mllm),
+        "flops": operations,
+        "added_flops": added,
+        "flops_ratio": 1 + added / operations,
+    }
+
+
+def parameters(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def patch_side(config: PreTrainedConfig) -> int:
+    return config.patch_size if isinstance(config.patch_size, int) else config.patch_size[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Timing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def real_encoder_config() -> PreTrainedConfig:
+    """LLaVA with CLIP ViT-L/14 at 336 pixels and a language model of Qwen2.5-0.5B's shape."""
+    text = {
+        "model_type": "qwen2",
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    }
+    return AutoConfig.for_model("llava", text_config=text, image_token_index=151646, tie_word_embeddings=True)
+
+
+def small_config() -> PreTrainedConfig:
+    """For trying this script."""
+    vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2}
+    text = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return AutoConfig.for_model(
+        "llava",
+        vision_config={"model_type": "clip_vision_model", "image_size": 64, "patch_size": 8, **vision},
+        text_config={"model_type": "llama", "num_key_value_heads": 2, "vocab_size": 128, **text},
+        image_token_index=4,
+    )
+
+
+def make_pair(name: str, folder: Path, dtype: torch.dtype) -> None:
+    """Saves the base and its graft as two checkpoints."""
+    if name == "mini":
+        graft = ASEForConditionalGeneration.from_pretrained(EXAMPLES / "ase-mini", dtype=dtype)
+        base = graft.model.mllm
+    else:
+        config = {"clip-l-336": real_encoder_config, "small": small_config}[name]()
+        base = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+        base.generation_config.eos_token_id = None
+        graft = None
+    base.save_pretrained(folder / "base")
+    if graft is None:
+        graft = ASEForConditionalGeneration.from_mllm_pretrained(base)
+    graft.save_pretrained(folder / "graft")
+
+
+def make_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """One image of the encoder's size and a prompt."""
+    config = getattr(model.config, "mllm_config", model.config)
+    vision = config.vision_config
+    image = torch.randn(1, 3, vision.image_size, vision.image_size, dtype=model.dtype)
+    patches = (vision.image_size // vision.patch_size) ** 2
+    ids = [config.image_token_id] * patches + [1] * PROMPT_TOKENS
+    return {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)), "pixel_values": image}
+
+
+def prefill(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> Callable[[], None]:
+    @torch.no_grad()
+    def run():
+        model(**inputs, logits_to_keep=1)
+
+    return run
+
+
+def decode(model: PreTrainedModel, inputs: dict[str, torch.Tensor], tokens: int = 8) -> Callable[[], None]:
+    """Tokens after the prefill, from a cache that is cut back each time."""
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
+    length = cache.get_seq_length()
+    mask = torch.ones(1, length + tokens)
+
+    @torch.no_grad()
+    def run():
+        for i in range(tokens):
+            model(
+                input_ids=torch.ones(1, 1, dtype=torch.long),
+                attention_mask=mask[:, : length + i + 1],
+                past_key_values=cache,
+            )
+        cache.crop(-tokens)
+
+    return run
+
+
+def training_step(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> Callable[[], None]:
+    """Forward, backward and update of all parameters."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+
+    def run():
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def ratio(runs: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
+    """Medians in seconds of functions that take turns, and the median ratio of neighbours."""
+    for run in runs.values():
+        run()
+    seconds = {name: [] for name in runs}
+    for i in range(repeats):
+        for name in sorted(runs, reverse=i % 2 == 1):
+            start = time.perf_counter()
+            runs[name]()
+            seconds[name].append(time.perf_counter() - start)
+    ratios = [graft / base for base, graft in zip(seconds["base"], seconds["graft"])]
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {**medians, "ratio": statistics.median(ratios)}
+
+
+def measure_times(folder: Path, repeats: int) -> dict[str, dict[str, float]]:
+    results = {}
+
+    def load(name: str) -> PreTrainedModel:
+        return AutoModelForImageTextToText.from_pretrained(folder / name, dtype="auto").eval()
+
+    results["load"] = ratio({name: lambda name=name: load(name) for name in ("base", "graft")}, repeats)
+    models = {name: load(name) for name in ("base", "graft")}
+    inputs = {name: make_inputs(model) for name, model in models.items()}
+    for task in (prefill, decode, training_step):
+        runs = {name: task(model, inputs[name]) for name, model in models.items()}
+        results[task.__name__] = ratio(runs, repeats)
+    return results
+
+
+def peak_memory(folder: Path, task: str) -> int:
+    """Bytes at the peak of a fresh process that loads one checkpoint and runs one task."""
+    command = [sys.executable, __file__, "--peak", str(folder), task]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def print_peak_memory(folder: str, task: str):
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
+    {"prefill": prefill, "training_step": training_step}[task](model, make_inputs(model))()
+    # not `getrusage`, whose peak a child process inherits from its parent
+    status = Path("/proc/self/status").read_text()
+    print(int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) * 1024)
+
+
+def import_time(statement: str) -> Callable[[], None]:
+    return lambda: subprocess.run([sys.executable, "-c", statement], check=True)
+
+
+def measure(name: str, dtype: torch.dtype, repeats: int) -> dict[str, dict[str, float]]:
+    with tempfile.TemporaryDirectory() as folder:
+        make_pair(name, Path(folder), dtype)
+        results = measure_times(Path(folder), repeats)
+        for task in ("prefill", "training_step"):
+            peaks = {kind: peak_memory(Path(folder) / kind, task) for kind in ("base", "graft")}
+            results[f"memory of {task}"] = {**peaks, "ratio": peaks["graft"] / peaks["base"]}
+    return results
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Report
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def render(timed: dict[str, dict], published: dict[str, dict], about: str) -> str:
+    lines = [about, ""]
+    for name, rows in timed.items():
+        lines += [f"**{name}**", "", "| | base | with saliency | ratio |", "|---|---|---|---|"]
+        for task, row in rows.items():
+            unit = "{:.0f} MB" if task.startswith("memory") else "{:.4g} s"
+            scale = 1e-6 if task.startswith("memory") else 1
+            cells = [unit.format(row[kind] * scale) for kind in ("base", "graft")]
+            lines.append(f"| {task.replace('_', ' ')} | {cells[0]} | {cells[1]} | {row['ratio']:.3f} |")
+        lines.append("")
+    if published:
+        lines += [
+            "| published shape | parameters | added | operations of a prefill | added |",
+            "|---|---|---|---|---|",
+        ]
+        for name, row in published.items():
+            lines.append(
+                f"| {name} | {row['parameters'] / 1e9:.2f} B | {row['parameters_ratio'] - 1:.2%} | "
+                f"{row['flops'] / 1e12:.2f} TFLOP | {row['flops_ratio'] - 1:.2%} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def write_into(card: Path, text: str):
+    """Replaces what stands between the benchmark marks of a Markdown file."""
+    begin, end = "<!-- benchmark: written by examples/benchmark.py -->", "<!-- end of benchmark -->"
+    old = card.read_text(encoding="utf-8")
+    new, found = re.subn(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: f"{begin}\n{text}{end}", old, flags=re.S)
+    if not found:
+        raise ValueError(f"{card} has no lines {begin!r} and {end!r} to write between.")
+    card.write_text(new, encoding="utf-8")
+
+
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*", default=["mini", "clip-l-336"], help="of mini, clip-l-336, small")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--published", nargs="*", default=list(PUBLISHED), help="published shapes to count")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmark"))
+    parser.add_argument("--card", type=Path, help="a Markdown file with benchmark marks to write between")
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    if args.peak:
+        return print_peak_memory(*args.peak)
+    dtypes = {"mini": torch.float32, "clip-l-336": torch.bfloat16, "small": torch.float32}
+    timed = {f"{name}, {dtypes[name]}": measure(name, dtypes[name], args.repeats) for name in args.models}
+    if timed:
+        base = "from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration"
+        imports = {"base": import_time(base), "graft": import_time(f"{base}; import ase_mllm")}
+        timed[next(iter(timed))]["import"] = ratio(imports, args.repeats)
+    published = {name: count_published(*PUBLISHED[name]) for name in args.published}
+    about = (
+        f"Medians of {args.repeats} on {torch.get_num_threads()} CPU threads, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}."
+    )
+    text = render(timed, published, about)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "benchmark.md").write_text(text, encoding="utf-8")
+    results = {"about": about, "timed": timed, "published": published}
+    (args.out / "benchmark.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    if args.card:
+        write_into(args.card, text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""examples/benchmark.py on a tiny model: what it counts is right, what it times it runs, what it writes can be read."""
+
+import benchmark
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pair")
+    benchmark.make_pair("small", folder, torch.float32)
+    return folder
+
+
+def test_every_task_is_timed_for_base_and_graft(pair):
+    results = benchmark.measure_times(pair, repeats=2)
+    assert set(results) == {"load", "prefill", "decode", "training_step"}
+    for row in results.values():
+        assert row["base"] > 0 and row["graft"] > 0 and row["ratio"] > 0
+
+
+def test_the_peak_of_a_process_is_its_own(pair):
+    ballast = torch.ones(400_000_000 // 4)  # the parent's memory must not count
+    peak = benchmark.peak_memory(pair / "graft", "prefill")
+    del ballast
+    assert 100_000_000 < peak < 5_000_000_000
+
+
+def test_decoding_leaves_the_cache_as_it_was(pair):
+    model = benchmark.AutoModelForImageTextToText.from_pretrained(pair / "base").eval()
+    inputs = benchmark.make_inputs(model)
+    run = benchmark.decode(model, inputs)
+    cache = next(cell.cell_contents for cell in run.__wrapped__.__closure__ if hasattr(cell.cell_contents, "crop"))
+    before = cache.get_seq_length()
+    run()
+    assert cache.get_seq_length() == before == inputs["input_ids"].shape[1]
+
+
+def test_added_operations_and_parameters_are_counted():
+    row = benchmark.count_published(*benchmark.PUBLISHED["LLaVA-1.5-7B"])
+    assert row["parameters"] == pytest.approx(7.06e9, rel=0.01)
+    assert row["parameters_ratio"] == 1 + row["added_parameters"] / row["parameters"]
+    # four fusions of 576 patches of width 1024 with 256 inside: two projections of the patches at two operations each
+    assert row["added_flops"] > 4 * 576 * 1024 * 256 * 2 * 2
+
+
+@pytest.mark.parametrize("name", benchmark.PUBLISHED)
+def test_published_shapes_stay_under_two_percent(name):
+    row = benchmark.count_published(*benchmark.PUBLISHED[name])
+    assert 1 < row["parameters_ratio"] <= 1.02
+    assert 1 < row["flops_ratio"] <= 1.03
+
+
+def test_tables_are_written_between_the_marks(tmp_path):
+    timed = {"tiny": {"prefill": {"base": 1.0, "graft": 1.25, "ratio": 1.25}}}
+    text = benchmark.render(timed, {}, "measured")
+    assert "| prefill | 1 s | 1.25 s | 1.250 |" in text
+    card = tmp_path / "card.md"
+    marks = "<!-- benchmark: written by examples/benchmark.py -->", "<!-- end of benchmark -->"
+    card.write_text(f"before\n{marks[0]}\nold\n{marks[1]}\nafter\n")
+    benchmark.write_into(card, text)
+    written = card.read_text()
+    assert text in written and "old" not in written
+    assert written.startswith("before\n") and written.endswith("after\n")
+    card.write_text("nothing")
+    with pytest.raises(ValueError, match="has no lines"):
+        benchmark.write_into(card, text)
