@@ -374,7 +374,9 @@ def test_without_any_truth_a_term_is_zero_and_so_is_its_gradient(loss, predicted
 def test_targets_of_the_wrong_shape_are_refused_with_the_shapes():
     with pytest.raises(ValueError, match=r"`rating_targets` has shape \(2, 5\), the model predicts \(2, 10\)"):
         rating_loss(torch.zeros(2, 10), torch.ones(2, 5))
-    with pytest.raises(ValueError, match="`aspect_targets` has 1 rows for 2 images; .*tiles.* let it leave them whole"):
+    with pytest.raises(
+        ValueError, match=r"`aspect_targets` has 1 rows for 2 images; .*tiles.* let it leave them whole"
+    ):
         aspect_loss(torch.zeros(2, 3), torch.ones(1, 3))
     with pytest.raises(ValueError, match="`saliency_targets` has 3 maps for 2 images"):
         saliency_map_loss(torch.ones(2, 4, 4) / 16, torch.ones(3, 4, 4))
