@@ -769,9 +769,10 @@ def _read_sized_images(
     encoder: nn.Module, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None, **kwargs: Any
 ) -> EncoderImages:
     """Images `(n, 3, h, w)` padded to one size, of `image_sizes` `(n, 2)` in pixels; the layers see one row."""
-    patch = encoder.config.patch_size
-    sizes = [pixel_values.shape[-2:]] * len(pixel_values) if image_sizes is None else torch.as_tensor(image_sizes)
-    grids = [(int(height) // patch, int(width) // patch) for height, width in sizes]
+    patch = _patch_size(encoder)
+    whole = [pixel_values.shape[-2:]] * len(pixel_values)
+    sizes = whole if image_sizes is None else torch.as_tensor(image_sizes).tolist()
+    grids = [(height // patch, width // patch) for height, width in sizes]
     pixels = _crop(pixel_values, [(height * patch, width * patch) for height, width in grids])
     return EncoderImages(pixels, [height * width for height, width in grids])
 
@@ -793,7 +794,7 @@ def _read_packed_patches(
     if pixel_values.ndim >= 4:
         patches = pixel_values.flatten(0, -4)
     else:
-        side = encoder.config.patch_size
+        side = _patch_size(encoder)
         patches = pixel_values.reshape(-1, 3, pixel_values.shape[-1] // (3 * side**2), side, side)[:, :, 0]
     # encoders keep here the block in which they count their positions, 1 where they merge without blocks
     blocks = [getattr(encoder, "spatial_merge_size", 1)] * len(grid_thw)
@@ -816,7 +817,7 @@ def _read_padded_patches(
     encoder: nn.Module, pixel_values: torch.Tensor, spatial_shapes: torch.Tensor, **kwargs: Any
 ) -> EncoderImages:
     """Flat patches `(n, p, side * side * 3)`, colours last, padded behind; their grids `spatial_shapes` `(n, 2)`."""
-    side = encoder.config.patch_size
+    side = _patch_size(encoder)
     patches = pixel_values.unflatten(2, (side, side, 3)).permute(0, 1, 4, 2, 3)
     grids = [(height, width) for height, width in spatial_shapes.tolist()]
     kept = torch.cat([row[: height * width] for row, (height, width) in zip(patches, grids)])
@@ -827,7 +828,7 @@ def _read_positioned_patches(
     encoder: nn.Module, pixel_values: torch.Tensor, pixel_position_ids: torch.Tensor, **kwargs: Any
 ) -> EncoderImages:
     """Flat patches `(n, p, side * side * 3)`, colours last; their columns and rows `(n, p, 2)`, negative in padding."""
-    side = encoder.config.patch_size
+    side = _patch_size(encoder)
     patches = pixel_values.unflatten(2, (side, side, 3)).permute(0, 1, 4, 2, 3)
     columns, rows = pixel_position_ids.unbind(-1)
     sizes = (pixel_position_ids.amax(1) + 1).tolist()
@@ -846,6 +847,12 @@ def _read_tiled_images(
     # tiles are to images what patches are to tiles
     tiles = torch.cat([tiles[: rows * columns] for tiles, (rows, columns) in zip(pixel_values.flatten(0, 1), layouts)])
     return EncoderImages(_join_patches(tiles, [(rows, columns, 1) for rows, columns in layouts]))
+
+
+def _patch_size(encoder: nn.Module) -> int:
+    """Side of the square patches in pixels; some configs say it for both directions."""
+    size = encoder.config.patch_size
+    return size if isinstance(size, int) else size[0]
 
 
 def _crop(pixel_values: torch.Tensor, sizes: list[tuple[int, int]]) -> torch.Tensor | list[torch.Tensor]:
