@@ -9,12 +9,19 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
-from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 
-# `transformers serve` finds models by name in this table, which registering with an Auto class leaves as it is.
-# NOTE: not in modeling_ase.py: of a folder's own code, only this file and the processor's have run when it looks.
+# Some of transformers finds models by name in these tables, which registering with an Auto class leaves as they are.
+# NOTE: not in modeling_ase.py: of a folder's own code, only this file and the processor's have run when
+# `transformers serve` looks.
+MODEL_MAPPING_NAMES.update({"ase": "ASEModel", "ase_iasm": "ImageAestheticSaliencyModule"})
+MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["ase"] = "ASEForConditionalGeneration"
 MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES["ase"] = "ASEForConditionalGeneration"
 
 
@@ -43,8 +50,8 @@ class IASMConfig(_SavedWithCode):
         image_size:
             Side in pixels of the square whose area the image is resized to (its aspect ratio is kept); a multiple of 32.
         image_mean, image_std:
-            The normalisation that the base's image processor applied, three numbers each. The module undoes it, because
-            exposure and colour casts can only be judged on absolute values.
+            The normalisation that the base's image processor applied, three numbers each or one for all colours. The
+            module undoes it, because exposure and colour casts can only be judged on absolute values.
         hidden_size:
             Width of the saliency tokens.
         num_queries:
@@ -76,8 +83,8 @@ class IASMConfig(_SavedWithCode):
 
     backbone_config: dict | PreTrainedConfig | None = None
     image_size: int = 256
-    image_mean: list[float] | tuple[float, ...] = tuple(OPENAI_CLIP_MEAN)
-    image_std: list[float] | tuple[float, ...] = tuple(OPENAI_CLIP_STD)
+    image_mean: float | list[float] | tuple[float, ...] = tuple(OPENAI_CLIP_MEAN)
+    image_std: float | list[float] | tuple[float, ...] = tuple(OPENAI_CLIP_STD)
     hidden_size: int = 192
     num_queries: int = 8
     num_hidden_layers: int = 2
@@ -107,10 +114,11 @@ class IASMConfig(_SavedWithCode):
                 f"`hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads` "
                 f"({self.num_attention_heads})."
             )
-        if len(self.image_mean) != 3 or len(self.image_std) != 3 or min(self.image_std) <= 0:
+        mean, std = ([one] * 3 if isinstance(one, float) else one for one in (self.image_mean, self.image_std))
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ValueError(
-                "`image_mean` and `image_std` take three numbers each, the standard deviations above 0; got "
-                f"{list(self.image_mean)} and {list(self.image_std)}."
+                "`image_mean` and `image_std` take three numbers each, or one for all colours, the standard deviations "
+                f"above 0; got {self.image_mean} and {self.image_std}."
             )
         if self.aspect_names is not None and len(self.aspect_names) != self.num_aspects:
             raise ValueError(

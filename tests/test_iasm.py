@@ -511,3 +511,41 @@ def test_caption_weights():
     model.zero_grad()
     model(**alone).loss.backward()
     torch.testing.assert_close(gradient, model.get_output_embeddings().weight.grad / 2, rtol=1e-4, atol=1e-6)
+
+
+def test_one_number_normalises_all_colours():
+    pixel_values = random(2, 3, 64, 64)
+    one, three = (
+        ImageAestheticSaliencyModule(IASMConfig(**{**IASM, "image_mean": mean, "image_std": std}))
+        for mean, std in ((0.4, 0.3), ([0.4] * 3, [0.3] * 3))
+    )
+    assert torch.equal(one.to_rgb(pixel_values), three.to_rgb(pixel_values))
+
+
+def test_images_of_several_sizes_are_seen_as_each_alone():
+    """In the order given, whichever are batched together."""
+    torch.manual_seed(0)
+    iasm = ImageAestheticSaliencyModule(IASMConfig(**IASM)).eval()
+    images = [random(3, *size) for size in ((64, 128), (128, 64), (64, 64), (96, 192), (64, 128))]
+    with torch.no_grad():
+        together = iasm(images)
+        alone = [iasm(image[None]) for image in images]
+    assert together.saliency_map_sizes.tolist() == [list(one.saliency_maps.shape[1:]) for one in alone]
+    for i, one in enumerate(alone):
+        height, width = one.saliency_maps.shape[1:]
+        torch.testing.assert_close(together.saliency_maps[i, :height, :width], one.saliency_maps[0])
+        assert together.saliency_maps[i].count_nonzero() == height * width
+        torch.testing.assert_close(together.saliency_tokens[i], one.saliency_tokens[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(together.score_logits[i], one.score_logits[0], rtol=1e-4, atol=1e-5)
+
+
+def test_the_map_loss_of_padded_maps_is_the_mean_of_each_alone():
+    maps = [
+        random(1, height, width).flatten(1).softmax(-1).view(1, height, width) for height, width in ((4, 8), (8, 4))
+    ]
+    targets = random(2, 16, 16).abs()
+    padded = torch.cat([torch.nn.functional.pad(one, (0, 8 - one.shape[2], 0, 8 - one.shape[1])) for one in maps])
+    expected = sum(saliency_map_loss(one, target[None]) for one, target in zip(maps, targets)) / 2
+    sizes = torch.tensor([[4, 8], [8, 4]])
+    torch.testing.assert_close(saliency_map_loss(padded, targets, sizes), expected)
+    assert not torch.isclose(saliency_map_loss(padded, targets), expected)

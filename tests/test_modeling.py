@@ -766,6 +766,19 @@ def test_token_embeddings_can_be_resized_and_replaced(tmp_path):
     assert model.model.mllm.lm_head is head
 
 
+def test_every_model_of_the_tree_knows_the_resized_vocabulary():
+    model = tiny_model()
+    model.resize_token_embeddings(110, mean_resizing=False)
+    assert model.vocab_size == model.model.vocab_size == model.model.mllm.vocab_size == 110
+
+
+def test_tying_on_the_outer_config_ties_the_base():
+    config = ASEConfig(mllm_config=tiny_config(), iasm_config=IASM, **FUSION)
+    config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = True
+    model = ASEForConditionalGeneration(config)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
 @pytest.mark.parametrize("saved", [False, True], ids=["live", "saved"])
 def test_tied_embeddings_stay_tied(saved, tmp_path):
     base = LlavaForConditionalGeneration(tiny_config(tie_word_embeddings=True)).eval()

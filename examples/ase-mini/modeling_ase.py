@@ -463,8 +463,8 @@ class ImageAestheticSaliencyModule(ASEPreTrainedModel):
         """Undoes the base's normalisation and resizes: `(n, 3, h, w)` in 0..1, sides multiples of 32."""
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
             raise ValueError(f"The IASM takes images (n, 3, height, width), got {tuple(pixel_values.shape)}.")
-        mean = torch.tensor(self.config.image_mean, device=pixel_values.device).view(1, 3, 1, 1)
-        std = torch.tensor(self.config.image_std, device=pixel_values.device).view(1, 3, 1, 1)
+        mean = torch.tensor(self.config.image_mean, device=pixel_values.device).view(1, -1, 1, 1)
+        std = torch.tensor(self.config.image_std, device=pixel_values.device).view(1, -1, 1, 1)
         pixels = pixel_values.float() * std + mean
         height, width = pixels.shape[-2:]
         scale = self.config.image_size / (height * width) ** 0.5
@@ -1103,6 +1103,8 @@ class ASEModel(ASEPreTrainedModel):
     def __init__(self, config: ASEConfig, mllm: PreTrainedModel | None = None):
         super().__init__(config)
         if mllm is None:
+            if "tie_word_embeddings" in vars(config.mllm_config):  # whoever unties or ties sets it on the outer config
+                config.mllm_config.tie_word_embeddings = config.tie_word_embeddings
             mllm = AutoModelForImageTextToText.from_config(config.mllm_config)
         # attention is switched on the config object that the modules hold, so it must be the same one
         config.mllm_config = mllm.config
@@ -1192,7 +1194,9 @@ class ASEModel(ASEPreTrainedModel):
         self.mllm.set_input_embeddings(value)
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
-        return self.mllm.resize_token_embeddings(*args, **kwargs)  # new rows get the base's own initialisation
+        embeddings = self.mllm.resize_token_embeddings(*args, **kwargs)  # new rows get the base's own initialisation
+        self.vocab_size = self.mllm.vocab_size
+        return embeddings
 
     @can_return_tuple
     def get_image_features(
@@ -1373,7 +1377,9 @@ class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
         self.model.mllm.set_output_embeddings(value)
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
-        return self.model.resize_token_embeddings(*args, **kwargs)
+        embeddings = self.model.resize_token_embeddings(*args, **kwargs)
+        self.vocab_size = self.model.vocab_size
+        return embeddings
 
     def get_encoder(self, modality: str | None = None) -> nn.Module:
         return self.model.get_encoder(modality=modality)
