@@ -278,6 +278,14 @@ def test_saliency_is_scaled_to_the_photograph(processor):
     assert heat[0][0, 0] == 1 and heat[0][-1, -1] == pytest.approx(0.25)
     half = processor.post_process_saliency(outputs_of(saliency_maps=maps.bfloat16()))
     assert half[0].dtype == torch.float32
+    padded = outputs_of(
+        saliency_maps=torch.nn.functional.pad(maps, (0, 3, 0, 5)), saliency_map_sizes=torch.tensor([[2, 4]] * 2)
+    )
+    for sizes in (None, [(10, 40), (30, 20)]):
+        for cut, whole in zip(
+            processor.post_process_saliency(padded, sizes), processor.post_process_saliency(outputs, sizes)
+        ):
+            assert torch.equal(cut, whole)
     with pytest.raises(ValueError, match="`target_sizes` has 1 sizes for 2 saliency maps"):
         processor.post_process_saliency(outputs, target_sizes=[(10, 40)])
 

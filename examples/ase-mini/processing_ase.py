@@ -151,10 +151,13 @@ class ASEProcessor(ProcessorMixin):
         Saliency maps for looking at: one `(height, width)` tensor an image in 0..1, the most salient place 1.
 
         Args:
-            outputs: Anything with `saliency_maps`: a forward's or `get_image_features`' output.
-            target_sizes: `(height, width)` of each photograph; the maps' own size by default.
+            outputs: Anything with `saliency_maps` (and `saliency_map_sizes`, where they differ): a forward's or
+                `get_image_features`' output.
+            target_sizes: `(height, width)` of each photograph; each map's own size by default.
         """
         maps = outputs.saliency_maps.detach().float()
+        if (sizes := outputs.get("saliency_map_sizes")) is not None:
+            maps = [one[:height, :width] for one, (height, width) in zip(maps, sizes.tolist())]
         if target_sizes is not None and len(target_sizes) != len(maps):
             raise ValueError(f"`target_sizes` has {len(target_sizes)} sizes for {len(maps)} saliency maps.")
         heat = []
