@@ -107,6 +107,12 @@ def typed_inputs(images: list[torch.Tensor]) -> Inputs:
     return {**inputs, "token_type_ids": (inputs["input_ids"] == IMAGE).long()}
 
 
+def prefix_inputs(images: list[torch.Tensor]) -> Inputs:
+    """PaliGemma: image and prompt are of type 0, whose tokens all see each other; what is generated is of type 1."""
+    inputs = dense_inputs(16)(images)
+    return {**inputs, "token_type_ids": torch.zeros_like(inputs["input_ids"])}
+
+
 def anyres_inputs(images: list[torch.Tensor]) -> Inputs:
     """LLaVA-NeXT: an overview and tiles; a token a patch and one at the end of each row of the whole."""
     tiles = [torch.cat([overview(image), cut(image)]) for image in images]
@@ -119,8 +125,13 @@ def anyres_inputs(images: list[torch.Tensor]) -> Inputs:
     }
 
 
+def onevision_inputs(images: list[torch.Tensor]) -> Inputs:
+    """LLaVA-OneVision: as LLaVA-NeXT, and how many images each sample has; only a single one is cut into tiles."""
+    return {**anyres_inputs(images), "batch_num_images": torch.ones(len(images), dtype=torch.long)}
+
+
 def tile_inputs(images: list[torch.Tensor]) -> Inputs:
-    """InternVL: tiles and then an overview, all samples' in one row; four tokens a tile."""
+    """InternVL and Aya Vision: tiles and then an overview, all samples' in one row; four tokens a tile."""
     tiles = [torch.cat([cut(image), overview(image)]) for image in images]
     return {**text_inputs([[IMAGE] * 4 * len(tile) for tile in tiles]), "pixel_values": torch.cat(tiles)}
 
@@ -280,14 +291,7 @@ FAMILIES = {
             image_token_index=IMAGE,
             projection_dim=32,
         ),
-        dense_inputs(16),
-        SQUARE,
-    ),
-    "aya_vision": Family(
-        config(
-            "aya_vision", vision_config=SIGLIP, text_config={**TEXT, "model_type": "cohere2"}, image_token_index=IMAGE
-        ),
-        dense_inputs(4),
+        prefix_inputs,
         SQUARE,
     ),
     "blip-2": Family(
@@ -324,7 +328,7 @@ FAMILIES = {
             video_token_index=5,
             **PINPOINTS,
         ),
-        anyres_inputs,
+        onevision_inputs,
         TILES,
     ),
     "internvl": Family(
@@ -333,6 +337,13 @@ FAMILIES = {
             vision_config={**VISION, "image_size": [SIDE, SIDE], "patch_size": [PATCH, PATCH]},
             text_config={**TEXT, "model_type": "qwen2"},
             image_token_id=IMAGE,
+        ),
+        tile_inputs,
+        TILES,
+    ),
+    "aya_vision": Family(
+        config(
+            "aya_vision", vision_config=SIGLIP, text_config={**TEXT, "model_type": "cohere2"}, image_token_index=IMAGE
         ),
         tile_inputs,
         TILES,

@@ -57,7 +57,11 @@ def greedy(model: PreTrainedModel, inputs: dict[str, torch.Tensor], **kwargs) ->
 def test_a_fresh_graft_is_the_base(case):
     inputs = case.inputs()
     assert torch.equal(case.fresh(**inputs).logits, case.base(**inputs).logits)
-    assert torch.equal(greedy(case.fresh, inputs), greedy(case.base, inputs))
+    for cached in (True, False):
+        options = {"use_cache": cached, "output_logits": True, "return_dict_in_generate": True}
+        ours, expected = (greedy(model, inputs, **options) for model in (case.fresh, case.base))
+        assert torch.equal(ours.sequences, expected.sequences)
+        assert all(map(torch.equal, ours.logits, expected.logits))
     try:
         beams = greedy(case.base, inputs, num_beams=2)
     except Exception as error:  # some bases have no beams

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import graft, is_added, open_gates, tiny_base, tiny_model, tiny_processor
 from datasets import Dataset, Features, Image, List, Value
+from families import FAMILIES
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image as PILImage
 from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments, pipeline
@@ -160,7 +161,9 @@ def test_evaluation(tmp_path):
         batches = [model(**collator(rows[i : i + 8])).loss.item() for i in range(0, len(rows), 8)]
     assert alone["eval_loss"] == pytest.approx(np.mean(batches), rel=1e-4)
     shapes = [array.shape for array in seen["predictions"] if array.shape]
-    assert (6, 8, 8) in shapes and (6, 10) in shapes  # maps and scores of all images
+    assert (6, 10) in shapes and (6, 8, 8) not in shapes  # scores of all images, maps only for who asks
+    trainer(model, tmp_path, compute_metrics=compute_metrics).evaluate(ignore_keys=["past_key_values"])
+    assert (6, 8, 8) in [array.shape for array in seen["predictions"]]
 
 
 def test_a_datasets_dataset_feeds_the_trainer(tmp_path):
@@ -254,6 +257,29 @@ def test_a_disabled_adapter_is_the_fresh_graft(tmp_path):
     assert not torch.equal(peft_logits(model, batch), expected)
     with model.disable_adapter():
         assert torch.equal(peft_logits(model, batch), expected)
+
+
+def test_evaluation_gathers_batches_of_other_image_sizes(tmp_path):
+    family = FAMILIES["qwen2_vl"]
+    torch.manual_seed(0)
+    model = graft(AutoModelForImageTextToText.from_config(family.config()))
+    images = [torch.randn(3, *family.sizes[i]) for i in (0, 1, 0, 0, 1)]
+
+    def collate(examples: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        batch = family.inputs(examples)
+        return {**batch, "labels": batch["input_ids"], "rating_targets": torch.full((len(examples), 10), 0.1)}
+
+    gathered = []
+    trainer = Trainer(
+        model,
+        TrainingArguments(tmp_path, per_device_eval_batch_size=2, remove_unused_columns=False, report_to="none"),
+        eval_dataset=images,
+        data_collator=collate,
+        compute_metrics=lambda prediction: gathered.extend(prediction.predictions) or {},
+    )
+    assert trainer.evaluate()["eval_loss"] > 0
+    assert (5, 10) in [values.shape for values in gathered]  # the scores of all five
+    assert not any(values.ndim == 3 and values.shape[-1] != 99 for values in gathered)  # no maps beside the logits
 
 
 # Pipelines ----------------------------------------------------------------------------------------------------------
