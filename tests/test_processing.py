@@ -266,6 +266,15 @@ def outputs_of(**fields) -> ModelOutput:
     return ModelOutput(**fields)
 
 
+def test_what_is_set_on_the_processor_is_set_on_the_base(processor):
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    processor.tokenizer = tokenizer
+    processor.image_token = "<picture>"
+    assert processor.base_processor.tokenizer is processor.tokenizer is tokenizer
+    assert processor.base_processor.image_token == "<picture>"
+    assert set(vars(processor)) == {"base_processor", "aspect_names"}
+
+
 def test_saliency_is_scaled_to_the_photograph(processor):
     maps = torch.zeros(2, 2, 4)
     maps[0, 0, 0], maps[0, 1, 3], maps[1] = 0.8, 0.2, 1 / 8

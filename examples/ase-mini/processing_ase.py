@@ -48,6 +48,13 @@ class ASEProcessor(ProcessorMixin):
             raise AttributeError(name)
         return getattr(self.base_processor, name)
 
+    def __setattr__(self, name: str, value: Any):
+        # a new tokenizer or image token is the base's, which works with its own
+        if name in ("base_processor", "aspect_names") or hasattr(type(self), name):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.base_processor, name, value)
+
     def __call__(self, *args, **kwargs) -> BatchFeature:
         """The base processor's call."""
         return self.base_processor(*args, **kwargs)
