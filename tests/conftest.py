@@ -27,6 +27,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     SiglipVisionConfig,
 )
@@ -102,10 +103,14 @@ def tiny_config(encoder: str = "clip", **kwargs) -> LlavaConfig:
 
 def tiny_base(encoder: str = "clip", **kwargs) -> LlavaForConditionalGeneration:
     torch.manual_seed(0)
-    base = LlavaForConditionalGeneration(tiny_config(encoder, **kwargs)).eval()
-    for parameter in base.parameters():  # away from the small initial values, so that outputs differ visibly
+    return with_noise(LlavaForConditionalGeneration(tiny_config(encoder, **kwargs)))
+
+
+def with_noise(base: PreTrainedModel) -> PreTrainedModel:
+    """Moves weights away from their small initial values, so that outputs differ visibly."""
+    for parameter in base.parameters():
         parameter.data.add_(torch.randn_like(parameter) * 0.1)
-    return base
+    return base.eval()
 
 
 def open_gates(model: ASEForConditionalGeneration, value: float = 1.0) -> ASEForConditionalGeneration:

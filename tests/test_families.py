@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import ASPECTS, graft, is_added, open_gates
+from conftest import ASPECTS, graft, is_added, open_gates, with_noise
 from families import FAMILIES, Family, text_inputs
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
@@ -35,10 +35,7 @@ class Case:
 
 def noisy_base(family: Family) -> PreTrainedModel:
     torch.manual_seed(0)
-    base = AutoModelForImageTextToText.from_config(family.config()).eval()
-    for parameter in base.parameters():  # away from the small initial values, so that outputs differ visibly
-        parameter.data.add_(torch.randn_like(parameter) * 0.1)
-    return base
+    return with_noise(AutoModelForImageTextToText.from_config(family.config()))
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

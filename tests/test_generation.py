@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
-from conftest import graft, open_gates
+from conftest import graft, open_gates, with_noise
 from families import BOS, FAMILIES, Family
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -43,10 +43,7 @@ Inputs = dict[str, torch.Tensor]
 
 def build_base(family: Family, seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
-    base = AutoModelForImageTextToText.from_config(family.config()).eval()
-    for parameter in base.parameters():  # away from the small initial values, so that outputs differ visibly
-        parameter.data.add_(torch.randn_like(parameter) * 0.1)
-    return base
+    return with_noise(AutoModelForImageTextToText.from_config(family.config()))
 
 
 @pytest.fixture(params=FAMILY_NAMES)
