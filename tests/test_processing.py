@@ -1,5 +1,6 @@
 """Processor and collator: the base's processor inside, prompts, training batches, maps and scores to look at."""
 
+import base64
 import copy
 import json
 import pickle
@@ -264,6 +265,76 @@ def test_images_of_every_mode_become_rgb(processor, mode):
 
 def outputs_of(**fields) -> ModelOutput:
     return ModelOutput(**fields)
+
+
+def photo_sources(folder) -> dict[str, object]:
+    """One photograph in every form in which chats bring it."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8))
+    image.save(folder / "photo.png")
+    encoded = base64.b64encode((folder / "photo.png").read_bytes()).decode()
+    return {
+        "pil": image,
+        "array": np.asarray(image).transpose(2, 0, 1),
+        "path": str(folder / "photo.png"),
+        "data_url": f"data:image/png;base64,{encoded}",
+    }
+
+
+def test_chats_take_photographs_in_every_form(processor, tmp_path):
+    expected = None
+    for source in photo_sources(tmp_path).values():
+        content = [{"type": "image", "image": source}, {"type": "text", "text": "Critique this photograph"}]
+        batch = processor.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        expected = batch if expected is None else expected
+        assert torch.equal(batch["input_ids"], expected["input_ids"])
+        torch.testing.assert_close(batch["pixel_values"], expected["pixel_values"])
+    assert (expected["input_ids"] == 4).sum() == IMAGE_TOKENS
+
+
+def test_chats_of_text_alone_and_of_several_photographs(processor, tmp_path):
+    image = photo_sources(tmp_path)["pil"]
+    chats = [
+        [{"role": "user", "content": [{"type": "image", "image": image}] * count + [{"type": "text", "text": "good"}]}]
+        for count in (0, 1, 2)
+    ]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    assert "pixel_values" not in processor.apply_chat_template(chats[0], **options)
+    batch = processor.apply_chat_template(chats[1:], padding=True, **options)
+    assert batch["pixel_values"].shape[0] == 3
+    assert (batch["input_ids"] == 4).sum(1).tolist() == [IMAGE_TOKENS, 2 * IMAGE_TOKENS]
+    assert batch["attention_mask"][0, 0] == 0 and batch["attention_mask"][:, -1].all()  # padded on the left
+
+
+def test_assistant_masks_mark_the_answers(processor, tmp_path):
+    template = (
+        "{% for message in messages %}{% if message['role'] == 'assistant' %}{% generation %}"
+        " {{ message['content'][0]['text'] }}{% endgeneration %}{% else %}<image> what{% endif %}{% endfor %}"
+    )
+    chat = [
+        {"role": "user", "content": [{"type": "image", "image": photo_sources(tmp_path)["pil"]}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "good . wrong ."}]},
+    ]
+    batch = processor.apply_chat_template(
+        chat, chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    marked = [token for token, mask in zip(batch["input_ids"][0], batch["assistant_masks"][0]) if mask]
+    assert processor.decode(marked) == "good . wrong ."
+
+
+def test_images_may_be_nested_flat_or_alone(processor, tmp_path):
+    image = photo_sources(tmp_path)["pil"]
+    prompt = processor.critique_prompt()
+    alone = processor(images=image, text=prompt, return_tensors="pt")
+    for images in ([image, image], [[image], [image]]):
+        batch = processor(images=images, text=[prompt, prompt], return_tensors="pt")
+        assert torch.equal(batch["pixel_values"], alone["pixel_values"].expand(2, -1, -1, -1))
+        assert torch.equal(batch["input_ids"], alone["input_ids"].expand(2, -1))
+
+
+def test_tokens_of_images_can_be_counted_before_they_are_loaded(processor):
+    assert processor._get_num_multimodal_tokens(image_sizes=[(32, 32), (64, 48)])["num_image_tokens"] == [16, 16]
 
 
 def test_what_is_set_on_the_processor_is_set_on_the_base(processor):
