@@ -556,8 +556,9 @@ def test_parts_are_those_of_the_base(base, model):
     mllm = model.model.mllm
     for one in (model, model.model):
         assert one.get_decoder() is mllm.get_decoder()
-        for modality in ("image", None):
-            assert one.get_encoder(modality) is mllm.get_encoder(modality)
+        assert one.get_encoder("image") is mllm.get_encoder("image")
+        assert mllm.get_encoder() is mllm  # it has none of texts, and a model that has not one stands for it
+        assert one.get_encoder() is one.get_encoder("audio") is one
     assert type(model.get_encoder("image")) is type(base.get_encoder("image"))
     assert type(model.get_decoder()) is type(base.get_decoder())
 

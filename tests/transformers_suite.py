@@ -1,21 +1,23 @@
 """
-The common model tests of transformers, as its source distribution ships them, on our classes and on LLaVA's own.
+The common tests of transformers, as its source distribution ships them, on our classes and on LLaVA's own.
 
-    pip install parameterized
-    pip download --no-binary :all: --no-deps --no-build-isolation transformers==<the installed version>
-    tar xf transformers-*.tar.gz
-    python tests/transformers_suite.py transformers-*/tests
+    pip install parameterized==0.9.0
+    python tests/transformers_suite.py
 
-Prints what LLaVA passes and ours does not, and exits with 1 if there is anything. Not a part of `pytest`.
+Fetches the distribution of the installed version, or takes the folder `tests` of an unpacked one. Prints what LLaVA
+passes and ours fails or skips, and exits with 1 if anything fails. Not a part of `pytest`.
 """
 
 import argparse
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+
+import transformers
 
 
 # what the shipped files import and the distribution leaves out
@@ -23,11 +25,13 @@ LEFT_OUT = {
     "exporters/test_export.py": "class ExportTesterMixin: pass\n",
     "generation/test_utils.py": "class GenerationTesterMixin: pass\n",
     "utils/test_configuration_utils.py": "config_common_kwargs = {}\n",
+    "distributed_testing_utils.py": "run_distributed = None\n",
 }
 
-TESTS = '''
+MODELS = '''
 import sys
 import unittest
+from unittest.mock import patch
 
 sys.path.insert(0, {tests!r})
 import torch
@@ -37,7 +41,9 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaModel
 from ase_mllm import ASEConfig, ASEForConditionalGeneration, ASEModel
 
 from ..test_configuration_common import ConfigTester
+from ..generation.test_utils import GenerationTesterMixin
 from ..test_modeling_common import ModelTesterMixin
+from ..test_tensor_parallel_mixin import TensorParallelTesterMixin
 from ..test_training_mixin import TrainingTesterMixin
 
 
@@ -47,9 +53,11 @@ class Tester:
     batch_size, seq_length, is_training = 2, 23, True
     hidden_size = image_size = 32
     num_hidden_layers = num_attention_heads = 2
+    vocab_size = 99
 
     def __init__(self, ase):
         self.ase = ase
+        self.base_model_class = ASEModel if ase else LlavaModel
         base = self.base_config()
         self.text_config, self.vision_config = base.text_config.to_dict(), base.vision_config.to_dict()
 
@@ -58,13 +66,17 @@ class Tester:
         config.vision_config.num_hidden_layers = 2
         return config
 
-    def prepare_config_and_inputs_for_common(self):
+    def get_config(self):
         base = self.base_config()
-        return ASEConfig(mllm_config=base, iasm_config=IASM, **FUSION) if self.ase else base, make_inputs()
+        return ASEConfig(mllm_config=base, iasm_config=IASM, **FUSION) if self.ase else base
+
+    def prepare_config_and_inputs_for_common(self):
+        return self.get_config(), make_inputs()
 
 
-class Common(ModelTesterMixin, TrainingTesterMixin):
+class Common(ModelTesterMixin, GenerationTesterMixin, TensorParallelTesterMixin, TrainingTesterMixin):
     _is_composite = True
+    model_tester = None
 
     def setUp(self):
         self.model_tester = Tester(self.ase)
@@ -92,18 +104,92 @@ class LlavaTest(Common, unittest.TestCase):
 class ASETest(Common, unittest.TestCase):
     ase = True
     all_model_classes = (ASEModel, ASEForConditionalGeneration)
+    test_can_init_all_missing_weights_before_2023 = True  # the year is looked for in the file
+
+    def setUp(self):
+        super().setUp()
+        self.enterContext(patch.object(ASEConfig, "base_model_tp_plan", {{}}))  # looked for one level deep only
 
     def test_reverse_loading_mapping(self):
         # the names in memory are saved, see ASEPreTrainedModel.save_pretrained
         super().test_reverse_loading_mapping(check_keys_were_modified=False, skip_base_model=True)
 '''
 
+PROCESSORS = '''
+import sys
+import unittest
+
+sys.path.insert(0, {tests!r})
+from conftest import ASPECTS, tiny_processor
+from transformers import LlavaProcessor
+
+from ase_mllm import ASEProcessor
+
+from ..test_processing_common import ProcessorTesterMixin
+
+
+class Common(ProcessorTesterMixin):
+    image_token = "<image>"
+
+    @classmethod
+    def _setup_tokenizer(cls):
+        return tiny_processor().tokenizer
+
+    @classmethod
+    def _setup_image_processor(cls):
+        return tiny_processor().image_processor
+
+    @staticmethod
+    def prepare_processor_dict():
+        names = ("chat_template", "patch_size", "vision_feature_select_strategy", "num_additional_image_tokens")
+        return {{name: getattr(tiny_processor(), name) for name in names}}
+
+
+class FromParts(ASEProcessor):
+    """Stands in where the tests build a processor of the parts of its base."""
+
+    def __new__(cls, **parts):
+        return ASEProcessor(LlavaProcessor(**parts), ASPECTS)
+
+    @classmethod
+    def get_attributes(cls):
+        return LlavaProcessor.get_attributes()
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        return ASEProcessor.from_pretrained(*args, **kwargs)
+
+
+class LlavaTest(Common, unittest.TestCase):
+    processor_class = LlavaProcessor
+
+
+class ASETest(Common, unittest.TestCase):
+    processor_class = FromParts
+'''
+
+
+def fetch(folder: Path) -> Path:
+    """The tests of the installed version's source distribution."""
+    wanted = f"transformers=={transformers.__version__}"
+    options = ["--no-binary", ":all:", "--no-deps", "--no-build-isolation"]
+    subprocess.run([sys.executable, "-m", "pip", "download", "-q", *options, "-d", folder, wanted], check=True)
+    (archive,) = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        opened.extractall(folder, filter="data")
+    return folder / archive.name.removesuffix(".tar.gz") / "tests"
+
 
 def lay_out(shipped: Path, folder: Path):
     """A package `tests` with the shipped files and ours beside them."""
     tests = folder / "tests"
     shutil.copytree(shipped, tests)
-    for name, text in {**LEFT_OUT, "ase/test_modeling_ase.py": TESTS.format(tests=str(Path(__file__).parent))}.items():
+    ours = {"ase/test_modeling_ase.py": MODELS, "ase/test_processing_ase.py": PROCESSORS}
+    here = Path(__file__).parent
+    ours = {name: text.format(tests=str(here)) for name, text in ours.items()}
+    photo = str(next((here.parent / "examples" / "photos").glob("*.jpg")))
+    fetched = {"../utils/fetch_hub_objects_for_ci.py": f"def url_to_local_path(url): return {photo!r}\n"}
+    for name, text in {**LEFT_OUT, **ours, **fetched}.items():
         path = tests / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
@@ -112,51 +198,51 @@ def lay_out(shipped: Path, folder: Path):
 
 
 def outcomes(report: Path) -> dict[str, dict[str, str]]:
-    """Class and test to "passed", "skipped" or the first line of what failed."""
+    """Class and test to "passed", "skipped: why" or the first line of what failed."""
     found = {}
     for case in ElementTree.parse(report).iter("testcase"):
         bad = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
-        text = "passed" if bad is None else bad.tag if bad.tag == "skipped" else bad.get("message").splitlines()[0]
+        text = "passed" if bad is None else bad.get("message").splitlines()[0]
+        text = f"skipped: {text}" if bad is not None and bad.tag == "skipped" else text
         tests = found.setdefault(case.get("classname").rsplit(".", 1)[-1], {})
-        if tests.get(case.get("name"), "passed") in ("passed", "skipped"):
-            tests[case.get("name")] = text
+        name = f"{case.get('classname').split('.')[-2]}.{case.get('name')}"
+        if tests.get(name, "passed").startswith(("passed", "skipped")):  # subtests have the name of their test
+            tests[name] = text
     return found
+
+
+def run(folder: Path, k: str | None) -> dict[str, dict[str, str]]:
+    options = ["-q", "--disable-warnings", "-p", "no:cacheprovider", "--junitxml", "report.xml"]
+    command = [sys.executable, "-m", "pytest", *options, "tests/ase", *(["-k", k] if k else [])]
+    done = subprocess.run(command, cwd=folder, check=False, capture_output=True, text=True)
+    if done.returncode not in (0, 1):  # of pytest: all passed, some failed
+        raise RuntimeError(f"The tests could not run:\n{done.stdout[-3000:]}")
+    return outcomes(folder / "report.xml")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tests", type=Path, help="the folder `tests` of the unpacked distribution")
+    parser.add_argument("tests", type=Path, nargs="?", help="the folder `tests` of an unpacked source distribution")
     parser.add_argument("-k", help="as of pytest")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        lay_out(args.tests, Path(folder))
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "--disable-warnings",
-            "-p",
-            "no:cacheprovider",
-            "--junitxml",
-            "report.xml",
-        ]
-        command += ["tests/ase/test_modeling_ase.py", *(["-k", args.k] if args.k else [])]
-        run = subprocess.run(command, cwd=folder, check=False, capture_output=True, text=True)
-        if run.returncode not in (0, 1):  # of pytest: all passed, some failed
-            raise RuntimeError(f"The tests could not run:\n{run.stdout[-3000:]}")
-        found = outcomes(Path(folder) / "report.xml")
-    worse = 0
-    for name, outcome in found["ASETest"].items():
-        expected = found["LlavaTest"].get(name)
-        if outcome not in ("passed", "skipped") and expected in ("passed", "skipped"):
-            worse += 1
-            print(f"{name}: {outcome}")
+        lay_out(args.tests or fetch(Path(folder)), Path(folder))
+        found = run(Path(folder), args.k)
+    failed = 0
+    for name, expected in found["LlavaTest"].items():
+        outcome = found["ASETest"].get(name, "missing")
+        if outcome == "passed" or not expected.startswith(("passed", "skipped")):
+            continue
+        if not outcome.startswith("skipped"):
+            failed += 1
+            print(f"FAILED {name}: {outcome}")
+        elif expected == "passed":
+            print(f"{name} passes for LLaVA and is {outcome}")
     for name, tests in found.items():
-        counts = [sum(outcome == kind for outcome in tests.values()) for kind in ("passed", "skipped")]
+        counts = [sum(outcome.startswith(kind) for outcome in tests.values()) for kind in ("passed", "skipped")]
         print(f"{name}: {counts[0]} passed, {counts[1]} skipped, {len(tests) - sum(counts)} failed")
-    print(f"{worse} fail here and not for LLaVA")
-    return int(worse > 0)
+    print(f"{failed} fail here and not for LLaVA")
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

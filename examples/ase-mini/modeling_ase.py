@@ -9,8 +9,8 @@ import inspect
 import threading
 from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, make_dataclass
+from functools import cache, partial
 from itertools import pairwise
 from os import PathLike
 from typing import Any
@@ -39,6 +39,7 @@ from .configuration_ase import ASEConfig, IASMConfig
 
 
 TARGETS = ("rating_targets", "saliency_targets", "aspect_targets", "caption_weights")
+SALIENCY_OUTPUTS = ("saliency_maps", "saliency_map_sizes", "score_logits", "aspect_logits")
 TILES_HINT = "; where the base's processor cuts images into tiles, each tile is one: let it leave them whole"
 SALIENCY_STRIDE = 8  # pixels of the IASM's input per position of the saliency map
 
@@ -1174,7 +1175,8 @@ class ASEModel(ASEPreTrainedModel):
         return self.mllm.get_encoder(modality="image")
 
     def get_encoder(self, modality: str | None = None) -> nn.Module:
-        return self.mllm.get_encoder(modality=modality)
+        encoder = self.mllm.get_encoder(modality=modality)
+        return self if encoder is self.mllm else encoder  # a model stands for the encoder that it has not
 
     def set_encoder(self, encoder: nn.Module, modality: str | None = None):
         self.mllm.set_encoder(encoder, modality=modality)
@@ -1211,8 +1213,7 @@ class ASEModel(ASEPreTrainedModel):
         features, saliency = self._call_with_saliency(
             self.mllm.base_model.get_image_features, pixel_values=pixel_values, **{**kwargs, "return_dict": True}
         )
-        _set_fields(features, saliency)
-        return features
+        return _with_saliency(features, saliency)
 
     def _call_with_saliency(
         self, function: Callable, *args: Any, **kwargs: Any
@@ -1264,8 +1265,27 @@ def _given(**kwargs: Any) -> dict[str, Any]:
 
 
 def _saliency_outputs(outputs: ModelOutput | None) -> dict[str, torch.Tensor]:
-    names = ("saliency_maps", "saliency_map_sizes", "score_logits", "aspect_logits")
-    return {name: outputs[name] for name in names if outputs is not None and name in outputs}
+    return {name: outputs[name] for name in SALIENCY_OUTPUTS if outputs is not None and name in outputs}
+
+
+def _with_saliency(features: ModelOutput, saliency: dict[str, torch.Tensor]) -> ModelOutput:
+    """A base's image features with what the IASM said beside them."""
+    return _features_class(type(features))(**features, **saliency)
+
+
+@cache
+def _features_class(output_class: type[ModelOutput]) -> type[ModelOutput]:
+    """A base's output with fields for the IASM: what takes outputs apart (pytrees) makes them again from fields alone."""
+
+    def reduce(self: ModelOutput) -> tuple:  # pickle finds no class that was made here
+        values = dict(self)
+        saliency = {name: values.pop(name) for name in SALIENCY_OUTPUTS if name in values}
+        return _with_saliency, (output_class(**values), saliency)
+
+    fields = [(name, torch.Tensor | None, None) for name in SALIENCY_OUTPUTS]
+    return make_dataclass(
+        f"ASE{output_class.__name__}", fields, bases=(output_class,), namespace={"__reduce__": reduce}
+    )
 
 
 def _set_fields(outputs: ModelOutput, fields: dict[str, torch.Tensor]):
@@ -1364,6 +1384,10 @@ class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
         setattr(settings, field, [*skipped, *(f"model.mllm.{name}" for name in skipped)])
         self.config.quantization_config = settings
 
+    @property
+    def lm_head(self) -> nn.Module:
+        return self.get_output_embeddings()
+
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
 
@@ -1382,7 +1406,8 @@ class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
         return embeddings
 
     def get_encoder(self, modality: str | None = None) -> nn.Module:
-        return self.model.get_encoder(modality=modality)
+        encoder = self.model.get_encoder(modality=modality)
+        return self if encoder is self.model else encoder
 
     def set_encoder(self, encoder: nn.Module, modality: str | None = None):
         self.model.set_encoder(encoder, modality=modality)
@@ -1441,7 +1466,10 @@ class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
         result = ASECausalLMOutputWithPast(**_known_fields(ASECausalLMOutputWithPast, outputs), **saliency)
         if labels is not None:
             if caption_weights is not None:
-                result.loss = weighted_caption_loss(outputs.logits, labels, caption_weights, num_items_in_batch)
+                shift_labels = kwargs.get("shift_labels")
+                result.loss = weighted_caption_loss(
+                    outputs.logits, labels, caption_weights, num_items_in_batch, shift_labels
+                )
             result.caption_loss = result.loss
         self._add_saliency_losses(result, rating_targets, saliency_targets, aspect_targets, labels, num_items_in_batch)
         return result
@@ -1485,9 +1513,14 @@ class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
         prepared, saliency = self.model._call_with_saliency(
             self.model.mllm._maybe_prepare_encoder_kwargs_for_generation, *args, **kwargs
         )
-        if (features := (prepared.get("mm_encoder_outputs") or {}).get("image")) is not None:
-            _set_fields(features, saliency)
+        features = (prepared.get("mm_encoder_outputs") or {}).get("image")  # not there for videos alone
+        if saliency and features is not None:
+            prepared["mm_encoder_outputs"]["image"] = _with_saliency(features, saliency)
         return prepared
+
+    def _prepare_model_inputs(self, *args, **kwargs) -> tuple[torch.Tensor, str | None, dict[str, torch.Tensor]]:
+        # whether it starts from `inputs_embeds` is read from the signature of its own `prepare_inputs_for_generation`
+        return self.model.mllm._prepare_model_inputs(*args, **kwargs)
 
     def prepare_inputs_for_generation(self, *args, **kwargs) -> dict[str, Any]:
         # evaluation hands a whole training batch over; as transformers drops `labels` here, so go the other targets
@@ -1525,6 +1558,7 @@ def weighted_caption_loss(
     labels: torch.Tensor,
     caption_weights: torch.Tensor,
     num_items_in_batch: torch.Tensor | int | None = None,
+    shift_labels: torch.LongTensor | None = None,
 ) -> torch.Tensor:
     """
     Next-token cross-entropy with a weight per sample; weights of 1 give the plain loss.
@@ -1533,11 +1567,14 @@ def weighted_caption_loss(
         logits, labels: `(batch, sequence, vocab_size)` and `(batch, sequence)`, -100 where nothing is learned.
         caption_weights: `(batch,)`.
         num_items_in_batch: Divides the sum of the losses; by default the number of target tokens here.
+        shift_labels: `(batch, sequence)`, labels already aligned with the logits, instead of `labels`: where a sequence
+            is cut over devices, the shift must be made before.
     """
     if caption_weights.shape != labels.shape[:1]:
         raise ValueError(f"`caption_weights` has shape {tuple(caption_weights.shape)} for {len(labels)} samples.")
-    targets = labels[:, 1:].to(logits.device)
-    losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, reduction="none")
+    targets = F.pad(labels, (0, 1), value=-100)[:, 1:] if shift_labels is None else shift_labels
+    targets = targets.to(logits.device)
+    losses = F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
     count = num_items_in_batch if num_items_in_batch is not None else (targets != -100).sum().clamp(min=1)
     return (losses * caption_weights.to(losses).unsqueeze(1)).sum() / count
 

@@ -55,9 +55,9 @@ class ASEProcessor(ProcessorMixin):
         else:
             setattr(self.base_processor, name, value)
 
-    def __call__(self, *args, **kwargs) -> BatchFeature:
-        """The base processor's call."""
-        return self.base_processor(*args, **kwargs)
+    def __call__(self, images: Any = None, text: str | list[str] | None = None, **kwargs) -> BatchFeature:
+        """The base processor's call; transformers looks for these two names."""
+        return self.base_processor(images=images, text=text, **kwargs)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(aspect_names={self.aspect_names}, base_processor={self.base_processor!r})"
