@@ -1,0 +1,474 @@
+"""
+Fine-tunes any vision-language model, or an ASE checkpoint, to critique photographs.
+
+    python examples/finetune.py --model examples/ase-mini --data my-photographs --output_dir runs/my-critic
+
+`my-photographs` holds pictures and a metadata.jsonl, one line a picture:
+    {"file_name": "petra.jpg", "caption": "The light is soft, the horizon tilts.", "rating": 6.5}
+aic_data.py says what else is read: PCCD, AVA and others, CSV, Hub data sets, further columns. Without a split
+`validation`, `--validation_share` of the photographs is set aside for it; a split `test` is never looked at.
+
+Interrupted, even by kill -9, the same command goes on from the last whole checkpoint. Stages (`--stage`):
+    added   only the saliency module and the cross-attentions; the base stays as it is
+    lora    LoRA on the language model, the added modules in full (the default)
+    all     everything
+With much data, `added` first and then `lora` from its result. The checkpoint with the least validation loss is kept;
+from some hundred validation photographs on, choose by `--metric_for_best_model cider`: few of them give a CIDEr of 0.
+All options of `TrainingArguments` hold. Several GPUs or machines, with ddp.yaml, fsdp2.yaml or deepspeed_zero3.yaml:
+    accelerate launch --config_file examples/accelerate/ddp.yaml --num_processes 8 examples/finetune.py \
+        --model llava-hf/llava-1.5-7b-hf --dtype bfloat16 --bf16 --data my-photographs --output_dir runs/llava
+
+The output folder holds the merged model with its processor and code, a model card, checkpoint-*, samples/ (critiques
+and heat maps at each evaluation) and TensorBoard curves of every loss term. Needs the extra `training`.
+"""
+
+import json
+import re
+import shlex
+import sys
+import textwrap
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import accelerate
+import datasets
+import numpy as np
+import peft
+import torch
+import transformers
+from accelerate.utils import gather_object
+from aic_data import Report, aspect_prompt, load, parse_columns, split_off_validation, training_rows
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image, ImageDraw, ImageFont
+from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.cider.cider import Cider
+from transformers import AutoConfig, EarlyStoppingCallback, HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from ase_mllm import ASEDataCollator, ASEForConditionalGeneration, ASEProcessor
+
+
+# Stems that tell which aspect a text speaks of
+ASPECT_STEMS = {
+    "light": r"light|lit\b|expos|overexpos|underexpos|shadow|bright|dark|contrast|vignett",
+    "colour": r"colou?r|saturat|white balance|tones?\b|hue|tint|vivid",
+    "composition": r"compos|fram|crop|horizon|tilt|level|cent(re|er)|thirds|plac|corner|edge|(fore|back)ground",
+    "focus": r"focus|sharp|blur|depth of field|bokeh",
+}
+METRICS = {  # name and protocol
+    "cider": ("CIDEr", "all references; lower-case words, no punctuation; pycocoevalcap"),
+    "bleu4": ("BLEU-4", "all references; lower-case words, no punctuation; pycocoevalcap"),
+    "aspect_coverage": ("aspect coverage", "share of the aspects in the references that the critique speaks of too"),
+    "caption_words": ("words a critique", "mean"),
+    "loss": ("loss", "all terms, weighted"),
+}
+LOSS_TERMS = ("caption_loss", "score_loss", "saliency_loss", "aspect_loss")
+
+
+@dataclass
+class ScriptArguments:
+    model: str = field(metadata={"help": "A base model to graft or an ASE checkpoint to continue: folder or Hub id."})
+    data: str = field(metadata={"help": "Folder, file or Hub id in one of the forms of aic_data.py."})
+    images: str | None = field(default=None, metadata={"help": "Folder of the pictures, if they are elsewhere."})
+    columns: list[str] = field(default_factory=list, metadata={"help": "Columns of other names, e.g. caption=text."})
+    score_range: list[float] | None = field(default=None, metadata={"help": "Worst and best score, if not 1 10."})
+    decode_images: bool = field(default=False, metadata={"help": "Decode all pictures first to find damaged ones."})
+    validation_share: float = field(default=0.1, metadata={"help": "Of the photographs, where no split is given."})
+    stage: Literal["added", "lora", "all"] = field(default="lora", metadata={"help": "What is trained."})
+    dtype: str = field(default="float32", metadata={"help": "Of the base. The added modules train in float32."})
+    fusion_layers: list[int] | None = field(default=None, metadata={"help": "Of a new graft: see `ASEConfig`."})
+    aspect_names: list[str] | None = field(default=None, metadata={"help": "Of a new graft, for `aspect_labels`."})
+    score_loss_weight: float | None = field(default=None, metadata={"help": "Default: as in the configuration."})
+    saliency_loss_weight: float | None = field(default=None, metadata={"help": "Default: as in the configuration."})
+    aspect_loss_weight: float | None = field(default=None, metadata={"help": "Default: as in the configuration."})
+    lora_rank: int = 16
+    lora_alpha: int = 32
+    gate_lr_ratio: float = field(default=20.0, metadata={"help": "Times the rate: gates hardly open otherwise."})
+    max_length: int | None = field(default=None, metadata={"help": "Tokens; longer captions are cut."})
+    max_new_tokens: int = field(default=128, metadata={"help": "Longest critique in evaluations."})
+    eval_photographs: int = field(default=500, metadata={"help": "Critiqued at most in each evaluation."})
+    num_samples: int = field(default=4, metadata={"help": "Of these, drawn as pictures with their heat maps."})
+    patience: int = field(default=3, metadata={"help": "Evaluations without improvement before stopping; 0 never."})
+    push_to: str | None = field(default=None, metadata={"help": "Hub id to which the result is uploaded at the end."})
+
+
+def parse_arguments() -> tuple[ScriptArguments, TrainingArguments]:
+    parser = HfArgumentParser((ScriptArguments, TrainingArguments))
+    parser.set_defaults(
+        learning_rate=1e-4,
+        lr_scheduler_type="cosine",
+        num_train_epochs=10,
+        train_sampling_strategy="group_by_length",
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        restore_callback_states_from_checkpoint=True,  # of early stopping
+        logging_steps=1,  # means over more would differ after a resume between two of them
+        report_to="tensorboard" if find_spec("tensorboard") else "none",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        label_names=["labels"],
+        remove_unused_columns=False,
+        # NOTE: images, ratings and maps may be missing from a process's batch, and frozen parts get no gradient
+        ddp_find_unused_parameters=True,
+    )
+    return parser.parse_args_into_dataclasses()
+
+
+# Model ---------------------------------------------------------------------------------------------------------------
+
+
+def load_model(args: ScriptArguments) -> ASEForConditionalGeneration:
+    """Continues an ASE checkpoint or grafts a base; the added modules are in float32, for small steps to count."""
+    if AutoConfig.from_pretrained(args.model).model_type == "ase":
+        model = ASEForConditionalGeneration.from_pretrained(args.model, dtype=args.dtype)
+    else:
+        iasm_config = {} if args.aspect_names is None else {"aspect_names": args.aspect_names}
+        model = ASEForConditionalGeneration.from_mllm_pretrained(
+            args.model, iasm_config=iasm_config, fusion_layers=args.fusion_layers, dtype=args.dtype
+        )
+    model.model.iasm.float()
+    model.model.fusions.float()
+    for name in ("score_loss_weight", "saliency_loss_weight", "aspect_loss_weight"):
+        if (weight := getattr(args, name)) is not None:
+            setattr(model.config.iasm_config, name, weight)
+    return model
+
+
+def prepare_stage(model: ASEForConditionalGeneration, args: ScriptArguments) -> torch.nn.Module:
+    """Freezes what the stage leaves alone."""
+    if args.stage == "added":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith(("model.iasm.", "model.fusions.")))
+    if args.stage != "lora":
+        return model
+    decoder = set(model.get_decoder().modules())
+    linear = [name for name, part in model.named_modules() if part in decoder and isinstance(part, torch.nn.Linear)]
+    sizes = {"r": args.lora_rank, "lora_alpha": args.lora_alpha}
+    return get_peft_model(model, LoraConfig(**sizes, target_modules=linear, modules_to_save=["iasm", "fusions"]))
+
+
+# Training ------------------------------------------------------------------------------------------------------------
+
+
+class EpochLengthGroupedSampler(LengthGroupedSampler):
+    """Each epoch's order comes from the seed and the epoch alone, so a resumed run sees it again."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int):
+        self.generator.manual_seed(self.seed + epoch)
+
+
+class CritiqueTrainer(Trainer):
+    """
+    With a learning rate for gates, loss terms by name in the log, and critiques of `photographs` at each evaluation.
+    """
+
+    def __init__(self, *args, script_args: ScriptArguments, photographs: datasets.Dataset, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.script_args = script_args
+        self.photographs = photographs
+        self._terms = {}  # sum and count of each loss term since the last log
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer(model)
+        named = (self.model if model is None else model).named_parameters()
+        gates = [gate for name, gate in named if re.search(r"\.fusions\..*\.gate$", name) and gate.requires_grad]
+        ids = set(map(id, gates))
+        for group in optimizer.param_groups:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ids]
+        rate = self.script_args.gate_lr_ratio * self.args.learning_rate
+        optimizer.add_param_group({"params": gates, "lr": rate, "weight_decay": 0.0})
+        return optimizer
+
+    def _get_train_sampler(self, *args) -> torch.utils.data.Sampler | None:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(*args)
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return EpochLengthGroupedSampler(batch_size, list(self.train_dataset["length"]), self.args.seed)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        # the captions' term is divided by the tokens of the whole step, the others are means of this batch
+        tokens = (inputs["labels"][:, 1:] != -100).sum()
+        share = 1 if num_items_in_batch is None else tokens / num_items_in_batch
+        for name in LOSS_TERMS:
+            if (term := outputs.get(name)) is not None:
+                term = term.detach().float() / (share if name == "caption_loss" else 1)
+                self._terms[name] = self._terms.get(name, 0) + torch.stack([term, torch.ones_like(term)])
+        # NOTE: with FSDP2 a head without targets in one process's batch must still get a gradient, or the others wait
+        for logits in (outputs.get("score_logits"), outputs.get("aspect_logits")):
+            if logits is not None and model.training:
+                loss = loss + 0 * logits.sum()
+        return (loss, outputs) if return_outputs else loss
+
+    def _pop_terms(self) -> dict[str, float]:
+        """Means of the terms over all processes since the last call."""
+        terms, self._terms = self._terms, {}
+        sums = torch.stack([terms.get(name, torch.zeros(2, device=self.args.device)) for name in LOSS_TERMS])
+        sums = self.accelerator.reduce(sums, reduction="sum").tolist()
+        return {name: total / count for name, (total, count) in zip(LOSS_TERMS, sums) if count}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None):
+        if "loss" in logs:
+            logs |= self._pop_terms()
+        super().log(logs, start_time)
+
+    # Evaluation by generation ----------------------------------------------------------------------------------------
+
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
+        training, self._terms = self._terms, {}
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        metrics = self._pop_terms()
+        self._terms = training
+        if len(self.photographs):  # there are none in data of scores alone
+            critiques, pictures = self.write_critiques()
+            metrics |= caption_metrics(critiques, list(self.photographs["captions"]))
+            if self.is_world_process_zero():
+                self.write_samples(pictures, critiques)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return output
+
+    @torch.no_grad()
+    def write_critiques(self) -> tuple[list[str], dict[int, Image.Image]]:
+        """The critiques of all photographs, each process writing its share, and pictures of the first `num_samples`."""
+        processes, count = self.accelerator.num_processes, len(self.photographs)
+        # as many rounds for every process, or generation with sharded weights waits for ever
+        rounds = -(-count // processes)
+        mine = [i % count for i in range(self.accelerator.process_index, rounds * processes, processes)]
+        step, processor = self.args.per_device_eval_batch_size, self.processing_class
+        critiques, pictures = {}, {}
+        self.model.eval()
+        for indices in (mine[start : start + step] for start in range(0, len(mine), step)):
+            rows = [self.photographs[i] for i in indices]
+            images = [row["image"].convert("RGB") for row in rows]
+            prompts = [aspect_prompt(processor, row["aspect"]) for row in rows]
+            inputs = self._prepare_inputs(processor(images=images, text=prompts, padding=True, return_tensors="pt"))
+            with self.compute_loss_context_manager():
+                tokens = self.model.generate(**inputs, do_sample=False, max_new_tokens=self.script_args.max_new_tokens)
+            texts = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            texts = [text.strip() for text in texts]
+            critiques |= dict(zip(indices, texts))
+            if len(pictures) * processes < self.script_args.num_samples:
+                # a forward, not `get_image_features`: sharded weights are gathered for forwards only
+                with self.compute_loss_context_manager():
+                    outputs = self.model(**inputs)
+                pictures |= dict(zip(indices, draw_samples(processor, outputs, images, texts)))
+        critiques, pictures = (dict(gather_object(list(part.items()))) for part in (critiques, pictures))
+        first = sorted(pictures)[: self.script_args.num_samples]
+        return [critiques[i] for i in range(count)], {i: pictures[i] for i in first}
+
+    def write_samples(self, pictures: dict[int, Image.Image], critiques: list[str]):
+        folder = Path(self.args.output_dir, "samples", f"step-{self.state.global_step:06d}")
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = self.photographs.select_columns(["image_id", "aspect"])
+        lines = [json.dumps({**row, "caption": text}) + "\n" for row, text in zip(rows, critiques)]
+        (folder / "captions.jsonl").write_text("".join(lines), encoding="utf-8")  # evaluate_captions.py reads it
+        for i, picture in pictures.items():
+            picture.save(folder / f"{i:03d}-{Path(rows[i]['image_id']).name}.jpg", quality=90)
+            for board in self.callback_handler.callbacks:
+                if isinstance(board, TensorBoardCallback) and board.tb_writer is not None:
+                    pixels = np.asarray(picture)
+                    board.tb_writer.add_image(f"samples/{i:03d}", pixels, self.state.global_step, dataformats="HWC")
+
+
+def draw_samples(
+    processor: ASEProcessor, outputs: Any, images: list[Image.Image], texts: list[str]
+) -> list[Image.Image]:
+    """Photograph and heat map side by side, the critique below them."""
+    overlays = images
+    if len(outputs.saliency_maps) == len(images):  # otherwise tiles, each with a map of its own
+        heat = processor.post_process_saliency(outputs, [image.size[::-1] for image in images])
+        overlays = [processor.overlay_saliency(image, one) for image, one in zip(images, heat)]
+    samples = []
+    for image, overlay, text in zip(images, overlays, texts):
+        width, height = (max(1, round(side * 480 / max(image.size))) for side in image.size)
+        lines = textwrap.wrap(text, 2 * width // 7)
+        sample = Image.new("RGB", (2 * width, height + 10 + 18 * len(lines)), "white")
+        sample.paste(image.resize((width, height)), (0, 0))
+        sample.paste(overlay.resize((width, height)), (width, 0))
+        ImageDraw.Draw(sample).text((4, height + 4), "\n".join(lines), "black", ImageFont.load_default(14))
+        samples.append(sample)
+    return samples
+
+
+def caption_metrics(critiques: list[str], references: list[list[str]]) -> dict[str, float]:
+    """CIDEr, BLEU-4 and aspect coverage as `METRICS` says, and the mean length in words."""
+    written = {i: [_words(text)] for i, text in enumerate(critiques)}
+    given = {i: [_words(text) for text in texts] for i, texts in enumerate(references)}
+    metrics = {
+        "cider": float(Cider().compute_score(given, written)[0]),
+        "bleu4": float(Bleu(4).compute_score(given, written, verbose=0)[0][3]),
+        "caption_words": float(np.mean([len(text.split()) for (text,) in written.values()])),
+    }
+    pairs = [(aspects_of(text), aspects_of(" ".join(texts))) for text, texts in zip(critiques, references)]
+    shares = [len(ours & theirs) / len(theirs) for ours, theirs in pairs if theirs]
+    return metrics | ({"aspect_coverage": float(np.mean(shares))} if shares else {})
+
+
+def aspects_of(text: str) -> set[str]:
+    return {aspect for aspect, stems in ASPECT_STEMS.items() if re.search(rf"\b({stems})", text.lower())}
+
+
+def _words(text: str) -> str:
+    return " ".join(re.findall(r"[\w'-]+", text.lower()))
+
+
+# Result --------------------------------------------------------------------------------------------------------------
+
+
+def last_checkpoint(folder: str) -> str | None:
+    """The newest checkpoint that was written to the end: the trainer's state is the last file of each."""
+    whole = {
+        int(path.parent.name.split("-")[1]): path.parent
+        for path in Path(folder).glob("checkpoint-*/trainer_state.json")
+    }
+    return str(whole[max(whole)]) if whole else None
+
+
+def save_result(trainer: CritiqueTrainer, processor: ASEProcessor, report: Report):
+    """The model as one folder that loads anywhere; an adapter is kept too, and merged into the base."""
+    args, out = trainer.script_args, Path(trainer.args.output_dir)
+    trainer.save_model(str(out / "adapter" if args.stage == "lora" else out))
+    trainer.accelerator.wait_for_everyone()
+    if not trainer.is_world_process_zero():
+        return
+    if args.stage == "lora":
+        # loaded again, because the weights in training may lie in pieces on many devices
+        PeftModel.from_pretrained(load_model(args), out / "adapter").merge_and_unload().save_pretrained(out)
+    processor.save_pretrained(out)
+    write_card(trainer, report)
+    if args.push_to is not None:
+        HfApi().create_repo(args.push_to, exist_ok=True)
+        unwanted = ["checkpoint-*", "samples/*", "runs/*", "adapter/*"]
+        HfApi().upload_folder(repo_id=args.push_to, folder_path=out, ignore_patterns=unwanted)
+
+
+def write_card(trainer: CritiqueTrainer, report: Report):
+    args, out, state = trainer.script_args, Path(trainer.args.output_dir), trainer.state
+    evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
+    best = [entry for entry in evaluations if entry["step"] == state.best_global_step] or evaluations[-1:]
+    figures = [(name, entry[f"eval_{name}"]) for entry in best for name in METRICS if f"eval_{name}" in entry]
+    data, task = Path(args.data).name, "image-text-to-text"
+    header = ModelCardData(
+        model_name=out.name,
+        base_model=None if Path(args.model).exists() else args.model,
+        library_name="transformers",
+        pipeline_tag=task,
+        tags=["ase", "aesthetics", "image-captioning", "saliency", "photography", "custom_code"],
+        eval_results=[
+            EvalResult(task, data, f"{data}, validation", name, round(value, 4), metric_name=METRICS[name][0])
+            for name, value in figures
+        ],
+    )
+    table = "\n".join(f"| {METRICS[name][0]} | {value:.4f} | {METRICS[name][1]} |" for name, value in figures)
+    packages = (transformers, torch, accelerate, peft, datasets)
+    card = f"""---
+{header.to_yaml()}
+---
+
+# {out.name}
+
+Critiques photographs: what is good, what is wrong, what would help. `{args.model}` with the saliency branch of ASE-MLLM,
+fine-tuned (stage `{args.stage}`).
+
+```python
+from transformers import pipeline
+
+critic = pipeline("{task}", model="{args.push_to or out}", trust_remote_code=True)
+print(critic(images="photo.jpg", text=critic.processor.critique_prompt(), return_full_text=False))
+```
+
+## Data
+
+{len(trainer.train_dataset)} rows to train on; {len(trainer.eval_dataset)} of other photographs to choose the checkpoint and for
+the figures below. The source:
+
+{textwrap.indent(str(report), "    ")}
+
+## Figures
+
+Of step {best[0]["step"] if best else state.global_step} of {state.global_step}, one seed ({trainer.args.seed}), on {len(trainer.photographs)} validation critiques.
+The checkpoint was chosen on the same photographs, so the figures flatter it.
+
+| metric | value | protocol |
+|---|---|---|
+{table}
+
+## Training
+
+    python {shlex.join(sys.argv)}
+
+{trainer.accelerator.num_processes} process(es), {", ".join(f"{one.__name__} {one.__version__}" for one in packages)}.
+
+## Limits
+
+It repeats the taste and the blind spots of its data. Scores mean what the ratings in the data mean. The saliency map
+shows what the model weighted, which is no proof of why it wrote a sentence.
+"""
+    ModelCard(card).save(out / "README.md")
+
+
+def main():
+    args, training_args = parse_arguments()
+    set_seed(training_args.seed)
+
+    # Model
+    processor = ASEProcessor.from_pretrained(args.model)
+    if args.aspect_names is not None:
+        processor.aspect_names = args.aspect_names
+    processor.tokenizer.padding_side = "left"  # as generation in batches needs it
+    model = prepare_stage(load_model(args), args)
+
+    # Data
+    with training_args.main_process_first(desc="reading the data"):
+        splits, report = load(
+            args.data,
+            args.images,
+            columns=parse_columns(args.columns),
+            score_range=args.score_range,
+            decode_images=args.decode_images,
+            verbose=training_args.process_index == 0,
+        )
+        train, validation = split_off_validation(splits, args.validation_share, training_args.seed)
+        train_rows, validation_rows = (training_rows(part, processor) for part in (train, validation))
+        photographs = validation.filter(len, input_columns="captions")
+        if len(photographs) > args.eval_photographs:
+            photographs = photographs.shuffle(training_args.seed).select(range(args.eval_photographs))
+
+    # Run
+    trainer = CritiqueTrainer(
+        model=model,
+        args=training_args,
+        script_args=args,
+        train_dataset=train_rows,
+        eval_dataset=validation_rows,
+        photographs=photographs,
+        data_collator=ASEDataCollator(processor, args.max_length),
+        processing_class=processor,
+        callbacks=[EarlyStoppingCallback(args.patience)] if args.patience else None,
+    )
+    if trainer.is_fsdp_enabled:
+        # a base also lists layers of parts that it was built without, and accelerate stops at the first such name
+        names = {type(part).__name__ for part in model.modules()} & set(model._no_split_modules)
+        trainer.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(names)
+    resumed = training_args.resume_from_checkpoint or last_checkpoint(training_args.output_dir)
+    if resumed and trainer.is_world_process_zero():
+        print(f"Goes on from {resumed}. For a new run name another --output_dir.")
+    trainer.train(resume_from_checkpoint=resumed)
+    save_result(trainer, processor, report)
+
+
+if __name__ == "__main__":
+    main()
