@@ -169,6 +169,29 @@ def photometric_maps(pixels: torch.Tensor) -> torch.Tensor:
     return torch.cat(maps, dim=1)
 
 
+def contrast_maps(maps: torch.Tensor) -> torch.Tensor:
+    """
+    How each position differs from the rest of its picture: `photometric_maps` `(n, c, h, w)` to `(n, 8 * c, h, w)`.
+
+    Differences from the surround near and far, from the whole and from the border, in units of the picture's own spread,
+    then their sizes. A subject is what differs: a convolution sees only its surround, and learning the rest takes many
+    pictures. (Centre and surround are those of Itti, Koch and Niebur, 1998; the sizes are this project's choice.)
+    """
+    spread = maps.flatten(2).std(2)[..., None, None] + 0.05
+    widest = 2 * min(maps.shape[-2:]) - 1
+    surrounds = [
+        F.avg_pool2d(maps, side, 1, side // 2, count_include_pad=False) for side in (min(5, widest), min(11, widest))
+    ]
+    border = [maps[:, :, :2], maps[:, :, -2:], maps[:, :, :, :2], maps[:, :, :, -2:]]
+    whole, border = (cells.mean(2)[..., None, None] for cells in (maps.flatten(2), _cat_cells(border)))
+    differences = torch.cat([(maps - other) / spread for other in (*surrounds, whole, border)], dim=1)
+    return torch.cat([differences.abs(), differences], dim=1)
+
+
+def _cat_cells(maps: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([part.flatten(2) for part in maps], dim=2)
+
+
 def photometric_statistics(pixels: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
     """
     Photometry of whole images: RGB in 0..1 `(n, 3, h, w)` and their `photometric_maps`, to `(n, 115)`.
@@ -419,8 +442,10 @@ class ImageAestheticSaliencyModule(ASEPreTrainedModel):
     IASM: what is salient in a photograph, how it is lit and built, and how it would be rated.
 
     A multi-scale backbone and photometric maps give two pyramids at stride 8, one for the saliency map and one for the
-    tokens, so that supervising the map does not bend the features that judge sharpness. The tokens are: features pooled
-    under the map, around it and everywhere; the map's place and extent; the photometry of the whole; learned queries.
+    tokens, so that supervising the map does not bend the features that judge sharpness. What differs from the rest of
+    the picture is measured, for the map alone. The tokens are: features pooled under the map, around it and everywhere;
+    the map's place and extent with the photometry of what it covers and of the rest; the photometry of the whole;
+    learned queries.
     """
 
     config: IASMConfig
@@ -431,25 +456,30 @@ class ImageAestheticSaliencyModule(ASEPreTrainedModel):
     supports_gradient_checkpointing = False
 
     num_maps = 10
+    num_contrasts = 80
     num_statistics = 115
     num_geometry = 24
+    num_subject_statistics = 50
 
     def __init__(self, config: IASMConfig):
         super().__init__(config)
         size = config.hidden_size
         self.backbone = _build_backbone(config.backbone_config)
-        self.map_pyramid = SaliencyPyramid(self.backbone.channels, self.num_maps, size)
+        self.map_pyramid = SaliencyPyramid(self.backbone.channels, self.num_maps + self.num_contrasts, size)
         self.map_head = nn.Sequential(
             nn.Conv2d(size + 5, size // 4, 1),
             nn.GELU(),
             nn.Conv2d(size // 4, 1, 3, padding=1, bias=False),  # a bias would not change a softmax over positions
         )
         self.pyramid = SaliencyPyramid(self.backbone.channels, self.num_maps, size)
-        self.geometry = nn.Sequential(nn.Linear(self.num_geometry, size), nn.GELU(), nn.Linear(size, size))
+        self.geometry = nn.Sequential(
+            nn.Linear(self.num_geometry + self.num_subject_statistics, size), nn.GELU(), nn.Linear(size, size)
+        )
         self.photometry = nn.Sequential(
             nn.Linear(self.num_statistics, 2 * size), nn.GELU(), nn.Linear(2 * size, 2 * size)
         )
         self.queries = nn.Parameter(torch.empty(config.num_queries, size))
+        self.places = nn.Conv2d(5, size, 1)
         self.query_norm = nn.LayerNorm(size)
         self.query_attention = SaliencyAttention(config, size, size, size, config.num_attention_heads)
         num_tokens = 6 + config.num_queries
@@ -475,30 +505,30 @@ class ImageAestheticSaliencyModule(ASEPreTrainedModel):
         return pixels.clamp(0, 1)
 
     def predict_map(self, feature_maps: tuple[torch.Tensor, ...], maps: torch.Tensor) -> torch.Tensor:
-        """Saliency as probabilities over positions, `(n, h / 8, w / 8)`."""
-        features = self.map_pyramid(feature_maps, maps)
-        x, y = _positions(features)
-        places = torch.stack([x, y, x.square(), y.square(), x * y]).expand(len(features), -1, -1, -1)
-        logits = self.map_head(torch.cat([features, places.to(features.dtype)], dim=1))
+        """Saliency as probabilities over positions, `(n, h / 8, w / 8)`, from float32 `photometric_maps`."""
+        contrasts = torch.cat([maps, contrast_maps(maps)], dim=1)
+        features = self.map_pyramid(feature_maps, contrasts.to(feature_maps[0].dtype))
+        places = _places(features).expand(len(features), -1, -1, -1)
+        logits = self.map_head(torch.cat([features, places], dim=1))
         return logits.float().flatten(1).softmax(-1).view(len(logits), *logits.shape[-2:])
 
     def make_tokens(
-        self, features: torch.Tensor, saliency_maps: torch.Tensor, statistics: torch.Tensor
+        self, features: torch.Tensor, saliency_maps: torch.Tensor, maps: torch.Tensor, statistics: torch.Tensor
     ) -> torch.Tensor:
         """Saliency tokens `(n, t, hidden_size)`: subject, ground, whole, geometry, photometry (two), queries."""
         dtype = features.dtype
-        inside = saliency_maps.flatten(1)
-        around = 1 - inside / inside.amax(1, keepdim=True)
-        around = around / around.sum(1, keepdim=True).clamp(min=1e-6)
+        inside, around = _inside_and_around(saliency_maps)
         whole = torch.full_like(inside, 1 / inside.shape[1])
         pools = torch.stack([inside, around, whole], dim=1).to(dtype)
+        subject = [_map_geometry(saliency_maps), subject_statistics(saliency_maps, maps.float())]
         cells = features.flatten(2).transpose(1, 2)  # (n, h * w, size)
-        coarse = F.avg_pool2d(features, 2).flatten(2).transpose(1, 2)
+        coarse = F.avg_pool2d(features, 2)
+        coarse = (coarse + self.places(_places(coarse))).flatten(2).transpose(1, 2)
         queries = self.queries.expand(len(features), -1, -1).to(dtype)
         tokens = torch.cat(
             [
                 pools @ cells,
-                self.geometry(_map_geometry(saliency_maps).to(dtype)).unsqueeze(1),
+                self.geometry(torch.cat(subject, dim=1).to(dtype)).unsqueeze(1),
                 self.photometry(statistics.to(dtype)).unflatten(1, (2, -1)),
                 queries + self.query_attention(queries, self.query_norm(coarse)),
             ],
@@ -517,9 +547,8 @@ class ImageAestheticSaliencyModule(ASEPreTrainedModel):
             statistics = photometric_statistics(pixels, maps)
         dtype = self.token_types.dtype
         feature_maps = self.backbone(((pixels - 0.5) * 4).to(dtype)).feature_maps
-        maps = maps.to(dtype)
         saliency_maps = self.predict_map(feature_maps, maps)
-        tokens = self.make_tokens(self.pyramid(feature_maps, maps), saliency_maps, statistics)
+        tokens = self.make_tokens(self.pyramid(feature_maps, maps.to(dtype)), saliency_maps, maps, statistics)
         evidence = tokens.flatten(1)
         return IASMOutput(
             saliency_tokens=tokens,
@@ -614,6 +643,33 @@ def _positions(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     x = (torch.arange(width, device=features.device) + 0.5) / width * 2 - 1
     y = (torch.arange(height, device=features.device) + 0.5) / height * 2 - 1
     return x.expand(height, width), y.unsqueeze(1).expand(height, width)
+
+
+def _places(features: torch.Tensor) -> torch.Tensor:
+    """Coordinates and their products up to second order, `(1, 5, h, w)`: what a head needs to know the middle."""
+    x, y = _positions(features)
+    return torch.stack([x, y, x.square(), y.square(), x * y]).unsqueeze(0).to(features.dtype)
+
+
+def _inside_and_around(saliency_maps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The map as weights of the subject's positions and of all others, each `(n, h * w)` with sum 1."""
+    inside = saliency_maps.flatten(1)
+    around = 1 - inside / inside.amax(1, keepdim=True)
+    return inside, around / around.sum(1, keepdim=True).clamp(min=1e-6)
+
+
+def subject_statistics(saliency_maps: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    """
+    Photometry under the map and around it, `(n, h, w)` and `photometric_maps` to `(n, 50)`.
+
+    In order: means of the subject, of the rest, their differences, spreads of the subject and of the rest. Whether the
+    subject or what lies behind it is in focus is such a difference.
+    """
+    weights = torch.stack(_inside_and_around(saliency_maps), dim=1)
+    cells = maps.flatten(2).transpose(1, 2)
+    means = weights @ cells  # (n, 2, 10)
+    spreads = (weights @ cells.square() - means.square()).clamp(min=1e-6).sqrt()
+    return torch.cat([means.flatten(1), means[:, 0] - means[:, 1], spreads.flatten(1)], dim=1)
 
 
 def _map_geometry(saliency_maps: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,6 @@ the extra `evaluation`. Two sets are measured: faults "from the least strength t
 import argparse
 import json
 import re
-import time
 from pathlib import Path
 
 import numpy as np
@@ -36,22 +35,18 @@ PROTOCOL = "all five references; lower-case words, no punctuation; pycocoevalcap
 
 
 @torch.inference_mode()
-def caption_set(model, processor, rows, batch_size: int) -> tuple[dict, float]:
-    """Captions, scores, maps and truths of all rows, and generated tokens per second."""
+def caption_set(model, processor, rows, batch_size: int) -> dict[str, list]:
+    """Captions, scores, maps and truths of all rows."""
     found = {name: [] for name in ("caption", "references", "labels", "composite", "score", "rating", "map", "mask")}
-    tokens, seconds = 0, 0.0
     prompt = processor.critique_prompt()
     for start in tqdm(range(0, len(rows), batch_size)):
         batch = [rows[index] for index in range(start, min(start + batch_size, len(rows)))]
         inputs = processor(
             images=[row["image"] for row in batch], text=[prompt] * len(batch), padding=True, return_tensors="pt"
         )
-        began = time.perf_counter()
         features = model.get_image_features(pixel_values=inputs.pop("pixel_values"))
         ids = model.generate(**inputs, mm_encoder_outputs={"image": features})
-        seconds += time.perf_counter() - began
         answers = ids[:, inputs["input_ids"].shape[1] :]
-        tokens += int((answers != processor.tokenizer.pad_token_id).sum())
         found["caption"] += processor.batch_decode(answers, skip_special_tokens=True)
         found["score"] += [score["mean"] for score in processor.post_process_scores(features)]
         found["map"] += [heat.numpy() for heat in processor.post_process_saliency(features, [(32, 32)] * len(batch))]
@@ -61,7 +56,7 @@ def caption_set(model, processor, rows, batch_size: int) -> tuple[dict, float]:
             found["composite"].append(row["composite"])
             found["rating"].append(float(np.dot(row["rating"], np.arange(1, 11))))
             found["mask"].append(np.asarray(row["saliency"], dtype=np.float32))
-    return found, tokens / seconds
+    return found
 
 
 def fault_rates(captions: list[str], labels: list[dict[str, float]]) -> dict[str, tuple[float, float, int]]:
@@ -122,7 +117,7 @@ def measure(model, processor, split_rows: dict, train_rows, batch_size: int) -> 
     centre = np.mean([np.asarray(train_rows[i]["saliency"]) for i in range(len(train_rows))], axis=0)
     figures = {}
     for name, rows in split_rows.items():
-        found, speed = caption_set(model, processor, rows, batch_size)
+        found = caption_set(model, processor, rows, batch_size)
         rates = fault_rates(found["caption"], found["labels"])
         pasted = [index for index, composite in enumerate(found["composite"]) if composite]
         placed = fault_rates([found["caption"][i] for i in pasted], [found["labels"][i] for i in pasted])["placement"]
@@ -140,7 +135,6 @@ def measure(model, processor, split_rows: dict, train_rows, batch_size: int) -> 
             "SRCC": float(spearmanr(found["score"], found["rating"]).statistic),
             "saliency": saliency_scores(found["map"], found["mask"]),
             "centre bias": centre_bias(found["mask"], centre),
-            "tokens per second": speed,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
         }
     return figures
@@ -174,14 +168,11 @@ def as_markdown(figures: dict) -> str:
             for n in names
         ]
         lines.append(f"| saliency {metric} | " + " | ".join(cells) + " |")
-    lines.append(
-        "| generated tokens per second | " + " | ".join(f"{figures[n]['tokens per second']:.0f}" for n in names) + " |"
-    )
     parameters = next(iter(figures.values()))["parameters"]
     pictures = ", ".join(f"{figures[n]['pictures']} pictures {n}" for n in names)
     return (
         "\n".join(lines)
-        + f"\n\nText metrics: {PROTOCOL}. Measured on {pictures}; speed on {torch.get_num_threads()} CPU thread(s). {parameters / 1e6:.2f} million parameters."
+        + f"\n\nText metrics: {PROTOCOL}. Measured on {pictures}. {parameters / 1e6:.2f} million parameters."
     )
 
 

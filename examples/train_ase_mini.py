@@ -42,7 +42,6 @@ IMAGE_SIZE, PATCH_SIZE = 192, 32
 STAGES = ("iasm", "language", "joint", "critique")
 SAMPLES = {"iasm": 64_000, "language": 16_000, "joint": 76_000, "critique": 18_000}
 LEARNING_RATES = {"iasm": 1.5e-3, "language": 1e-3, "joint": 1e-3, "critique": 5e-4}
-SALIENCY_LOSS_WEIGHTS = {"iasm": 0.3, "language": 0.0, "joint": 1.0, "critique": 1.0}
 OPTIONS = {"critique": {"strength": (1.0, 1.6), "composite_share": 0.6}}
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}{% for item in message['content'] %}"
@@ -219,7 +218,6 @@ def train_stage(stage: str, model: ASEForConditionalGeneration, processor: ASEPr
     model.requires_grad_(True)
     if stage == "critique":
         model.model.iasm.requires_grad_(False)
-    model.config.iasm_config.saliency_loss_weight = SALIENCY_LOSS_WEIGHTS[stage]
     samples = args.samples or SAMPLES[stage]
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     steps = max(1, samples // (args.batch_size * processes))

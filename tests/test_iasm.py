@@ -12,11 +12,13 @@ from ase_mllm import IASMConfig, ImageAestheticSaliencyModule
 from ase_mllm.modeling_ase import (
     IASMOutput,
     aspect_loss,
+    contrast_maps,
     photometric_maps,
     photometric_statistics,
     rating_loss,
     saliency_losses,
     saliency_map_loss,
+    subject_statistics,
     weighted_caption_loss,
 )
 
@@ -100,6 +102,52 @@ def test_blur_and_noise_move_the_maps_of_detail_apart():
     noisy = (sharp + 0.1 * torch.randn(sharp.shape, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
     finest = [photometric_maps(pixels)[:, 5].mean().item() for pixels in (blurred, sharp, noisy)]
     assert finest[0] < finest[1] - 0.1 < finest[2] - 0.2
+
+
+def slow_contrast(plane: np.ndarray) -> list[np.ndarray]:
+    """Differences from the surround near and far, the whole and the border, in units of spread."""
+    height, width = plane.shape
+    spread = plane.std(ddof=1) + 0.05
+    differences = []
+    for reach in (2, 5):
+        surround = np.zeros_like(plane)
+        for y in range(height):
+            for x in range(width):
+                window = plane[max(0, y - reach) : y + reach + 1, max(0, x - reach) : x + reach + 1]
+                surround[y, x] = window.mean()
+        differences.append((plane - surround) / spread)
+    border = np.concatenate([plane[:2].ravel(), plane[-2:].ravel(), plane[:, :2].ravel(), plane[:, -2:].ravel()])
+    return [*differences, (plane - plane.mean()) / spread, (plane - border.mean()) / spread]
+
+
+def test_contrast_of_the_maps_by_loops(measured):
+    _, maps, _ = measured
+    expected = np.stack([slow_contrast(plane) for plane in maps], axis=1).reshape(40, *maps.shape[1:])
+    contrasts = contrast_maps(torch.from_numpy(maps[None]).float())[0].numpy()
+    np.testing.assert_allclose(contrasts, np.concatenate([np.abs(expected), expected]), atol=1e-4)
+
+
+def test_contrast_is_largest_on_what_differs_and_takes_small_maps():
+    maps = torch.zeros(1, 10, 4, 4)
+    maps[:, 3, 2, 1] = 1.0  # a colourful position
+    of_the_whole = contrast_maps(maps)[0, 20 + 3]
+    assert of_the_whole.argmax() == 2 * 4 + 1 and contrast_maps(maps)[0, 0].abs().max() == 0
+
+
+def test_statistics_of_the_subject_by_loops(measured):
+    _, maps, _ = measured
+    weights = np.random.default_rng(0).random((8, 12))
+    inside = weights / weights.sum()
+    around = 1 - weights / weights.max()
+    around = around / around.sum()
+    means = [[(plane * one).sum() for plane in maps] for one in (inside, around)]
+    spreads = [
+        [math.sqrt(((plane - mean) ** 2 * one).sum()) for plane, mean in zip(maps, row)]
+        for one, row in zip((inside, around), means)
+    ]
+    expected = [*means[0], *means[1], *np.subtract(*means), *spreads[0], *spreads[1]]
+    statistics = subject_statistics(torch.from_numpy(inside[None]).float(), torch.from_numpy(maps[None]).float())
+    np.testing.assert_allclose(statistics[0], expected, atol=2e-3)
 
 
 def test_tones_and_clipping_by_sorting(measured):
@@ -270,7 +318,7 @@ def test_the_map_steers_the_pooled_tokens():
     features = torch.randn(1, 32, 8, 8, generator=torch.Generator().manual_seed(0))
     saliency_map = torch.zeros(1, 8, 8)
     saliency_map[0, 2, 3], saliency_map[0, 5, 5] = 0.75, 0.25
-    iasm.make_tokens(features, saliency_map, torch.zeros(1, 115))
+    iasm.make_tokens(features, saliency_map, torch.zeros(1, 10, 8, 8), torch.zeros(1, 115))
     pooled = seen["tokens"][0, :3] - iasm.token_types[:3]
     subject = 0.75 * features[0, :, 2, 3] + 0.25 * features[0, :, 5, 5]
     weights = 1 - saliency_map[0] / 0.75
@@ -282,9 +330,44 @@ def test_the_place_of_the_map_reaches_its_geometry_token():
     iasm = tiny_iasm()
     left, right = torch.zeros(2, 1, 8, 8)
     left[0, 4, 1] = right[0, 4, 6] = 1.0
-    features, statistics = torch.zeros(1, 32, 8, 8), torch.zeros(1, 115)
-    tokens = [iasm.make_tokens(features, saliency_map, statistics) for saliency_map in (left, right)]
+    features, maps, statistics = torch.zeros(1, 32, 8, 8), torch.zeros(1, 10, 8, 8), torch.zeros(1, 115)
+    tokens = [iasm.make_tokens(features, saliency_map, maps, statistics) for saliency_map in (left, right)]
     assert (tokens[0] - tokens[1])[0, 3].abs().max() > 0.1
+
+
+def test_what_the_map_covers_reaches_its_geometry_token():
+    iasm = tiny_iasm()
+    features, statistics = torch.zeros(1, 32, 8, 8), torch.zeros(1, 115)
+    saliency_map, maps = torch.zeros(1, 8, 8), torch.zeros(1, 10, 8, 8)
+    saliency_map[0, 2, 3] = 1.0
+    lit = maps.clone()
+    lit[:, 0, 2, 3] = 1.0
+    tokens = [iasm.make_tokens(features, saliency_map, planes, statistics) for planes in (maps, lit)]
+    assert (tokens[0] - tokens[1])[0, 3].abs().max() > 0.05
+
+
+def test_the_map_is_made_of_what_differs():
+    """Also where the backbone and the maps themselves say nothing."""
+    iasm = tiny_iasm()
+    for name, parameter in iasm.map_pyramid.named_parameters():
+        if "laterals" in name:
+            parameter.data.zero_()
+    iasm.map_pyramid.photometry.weight.data[:, :10] = 0
+    plain, spotted = torch.full((2, 1, 3, 64, 64), 0.4)
+    spotted[..., 16:32, 40:56] = torch.tensor([0.9, 0.5, 0.1]).view(3, 1, 1)
+    maps = [iasm(normalised(iasm, pixels)).saliency_maps for pixels in (plain, spotted)]
+    assert (maps[0] - maps[1]).abs().max() > 1e-3
+
+
+def test_queries_know_places():
+    """The same features at other places give other query tokens."""
+    iasm = tiny_iasm()
+    features = torch.zeros(1, 32, 8, 8)
+    features[:, :, :2, :2] = torch.linspace(-1, 1, 32).square().view(1, 32, 1, 1)
+    saliency_map = torch.full((1, 8, 8), 1 / 64)
+    rest = torch.zeros(1, 10, 8, 8), torch.zeros(1, 115)
+    tokens = [iasm.make_tokens(planes, saliency_map, *rest) for planes in (features, features.flip(-1))]
+    assert (tokens[0] - tokens[1])[0, 6:].abs().max() > 1e-3
 
 
 # Losses against slow definitions ------------------------------------------------------------------------------------

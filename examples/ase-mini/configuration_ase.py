@@ -92,7 +92,7 @@ class IASMConfig(_SavedWithCode):
     num_aspects: int = 0
     aspect_names: list[str] | tuple[str, ...] | None = None
     score_loss_weight: float = 1.0
-    saliency_loss_weight: float = 0.3
+    saliency_loss_weight: float = 1.0
     aspect_loss_weight: float = 1.0
     initializer_range: float = 0.02
 
