@@ -69,7 +69,7 @@ def test_labels_agree_with_every_reference(samples):
     for sample in samples:
         assert sample["references"][0] == sample["caption"]
         assert len(set(sample["references"])) == 5
-        assert all(named_faults(text) == _present(sample) for text in sample["references"])
+        assert all(named_faults(text) == _present(sample) for text in (*sample["references"], sample["plain_caption"]))
         assert all(10 <= len(text.split()) <= critique_data.MAX_WORDS for text in sample["references"])
         assert set(sample["strengths"]) == _present(sample)
 
@@ -225,7 +225,17 @@ def test_the_data_set_gives_the_same_rows_as_the_pool(critique_sources, tmp_path
         assert one.keys() == other.keys()
         assert max(one["image"].size) == 160 and one["image"].tobytes() == other["image"].tobytes()
         assert one["saliency"].dtype == np.float32 and (one["saliency"] == other["saliency"]).all()
-        for key in ("caption", "references", "aspect_labels", "rating", "composite", "source", "cutout", "strengths"):
+        for key in (
+            "caption",
+            "references",
+            "plain_caption",
+            "aspect_labels",
+            "rating",
+            "composite",
+            "source",
+            "cutout",
+            "strengths",
+        ):
             assert one[key] == other[key], key
     assert made[2:4]["caption"] == kept[2:4]["caption"]
 

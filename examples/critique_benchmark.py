@@ -1,0 +1,585 @@
+"""
+Does aesthetic saliency make critiques better? ASE against the same base without it and against a same-size control.
+
+    python examples/critique_benchmark.py --quick                                          # a first table, minutes on two cores
+    python examples/critique_benchmark.py --record examples/ase-mini/EXPERIMENTS.md        # the full table, hours
+
+Every arm starts from the same base: the LLaVA inside `examples/ase-mini`, which has learned to write critiques, with its
+saliency branch taken away. Every arm sees the same pictures in the same order with the same labels, in three parts:
+`--warm-up` samples for the saliency module alone, `--vision-samples` for all but the language model, and `--samples` end
+to end with captions (the base, which has no saliency module, trains its encoder in the first part too). In every arm
+aspect labels and ratings also train a head on the image features that the language model reads. Captions to learn from
+say the same faults always the same way (`plain_caption`); references are the free ones. Pictures are those of the
+critique generator, tested on held-out photographs and cut-outs. What a caption says is read from its words
+(`critique_data.named_faults`). The standard `Trainer` trains all.
+
+    base            the base, fine-tuned; no saliency branch
+    control         the saliency branch without map targets: the same parameters and compute, a free attention map
+    control-untied  the same, and its tokens pool the picture everywhere instead of under that map
+    ase             ASE: the map is supervised, and the tokens are tied to it
+    fusion-*        ASE with one fusion layer: the first, the middle or the last
+    queries-only    ASE whose tokens are the learned queries alone; pooled-only: those of the map alone
+    no-score-loss   ASE without ratings; no-aspect-loss: without aspects for the IASM (control is the one without map)
+    mask            ASE whose map multiplies the patches, in place of the cross-attention
+    no-contrast     ASE whose map is made without the maps of what differs; no-subject-photometry: whose geometry token
+                    does not measure the subject's light and detail; no-places: whose queries do not know places
+
+Finished runs are kept in `--work` and not run again. Needs the extra `evaluation`.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from critique_data import ASPECT_FAULTS, FAULTS, critique_dataset, load_sources, named_faults
+from evaluate_ase_mini import centre_bias, saliency_scores, text_scores
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+from train_ase_mini import IMAGE_SIZE
+from transformers import (
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from ase_mllm import ASEConfig, ASEForConditionalGeneration, ASEProcessor, IASMConfig
+from ase_mllm.modeling_ase import (
+    ImageAestheticSaliencyModule,
+    SaliencyCrossAttention,
+    aspect_loss,
+    rating_loss,
+    saliency_losses,
+)
+
+
+BUNDLE = Path(__file__).parent / "ase-mini"
+SALIENCY_SIZE = 128  # pixels that the new saliency branch sees; the base sees 192
+WEIGHTS = {"score_loss_weight": 5.0, "aspect_loss_weight": 3.0, "saliency_loss_weight": 1.0}
+ARMS = (
+    "base", "control", "ase", "control-untied", "fusion-first", "fusion-middle", "fusion-last", "queries-only",
+    "pooled-only", "no-score-loss", "no-aspect-loss", "mask", "no-contrast", "no-subject-photometry", "no-places",
+)  # fmt: skip
+MAIN_ARMS = ARMS[:3]
+FUSION_LAYERS = {"fusion-first": [0], "fusion-middle": [1], "fusion-last": [2]}
+ADDED_LOSSES = {
+    "control": {"saliency_loss_weight": 0.0},
+    "control-untied": {"saliency_loss_weight": 0.0},
+    "no-score-loss": {"score_loss_weight": 0.0},
+    "no-aspect-loss": {"aspect_loss_weight": 0.0},
+}
+TOKENS = {"queries-only": slice(6, None), "pooled-only": slice(0, 4)}
+QUICK = {
+    "arms": MAIN_ARMS,
+    "seeds": [0],
+    "pictures": 4000,
+    "test_pictures": 400,
+    "warm_up": 4000,
+    "vision_samples": 2000,
+    "samples": 2000,
+}
+PLACED = ("placement", "depth", "subject sharpness")  # what has a place in the picture
+
+
+# Pictures ------------------------------------------------------------------------------------------------------------
+
+
+def make_pictures(split: str, number: int, folder: Path, sources: Path | None) -> None:
+    """Draws the pictures once, as every arm and every epoch sees them: `image` is uint8 `(n, 3, 192, 192)`."""
+    columns = {"image": [], "aspect_labels": [], "rating": [], "saliency": [], "composite": []}
+    texts = []
+    for row in critique_dataset(split, number, seed=0, sources=load_sources(split, sources)):
+        image = np.array(row["image"].resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))
+        texts.append({"caption": row["plain_caption"], "references": row["references"]})
+        for name, values in columns.items():
+            values.append(torch.from_numpy(image).permute(2, 0, 1) if name == "image" else torch.tensor(row[name]))
+    save_file({name: torch.stack(values) for name, values in columns.items()}, folder / f"{split}.safetensors")
+    (folder / f"{split}.json").write_text(json.dumps(texts), encoding="utf-8")
+
+
+class Pictures(Dataset):
+    """`number` samples of one split from `start` on; after the last picture comes the first again."""
+
+    def __init__(self, folder: Path, split: str, number: int | None = None, start: int = 0):
+        self.columns = load_file(folder / f"{split}.safetensors")
+        self.texts = json.loads((folder / f"{split}.json").read_text(encoding="utf-8"))
+        self.start, self.number = start, number or len(self.texts)
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        index = (self.start + index) % len(self.texts)
+        return {**{name: values[index] for name, values in self.columns.items()}, **self.texts[index]}
+
+
+class Collator:
+    """Prompt, picture, caption and truth as tensors; labels on the caption."""
+
+    def __init__(self, processor: ASEProcessor):
+        self.tokenizer = processor.tokenizer
+        blank = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE))
+        self.prompt = processor(images=blank, text=processor.critique_prompt())["input_ids"][0]
+        self.mean, self.std = (
+            torch.tensor(values).view(3, 1, 1)
+            for values in (processor.image_processor.image_mean, processor.image_processor.image_std)
+        )
+
+    def pixels(self, rows: list[dict]) -> torch.Tensor:
+        return (torch.stack([row["image"] for row in rows]).float() / 255 - self.mean) / self.std
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        """All of it, for the whole model."""
+        captions = self.tokenizer([row["caption"] for row in rows])["input_ids"]
+        texts = [torch.tensor([*self.prompt, *caption, self.tokenizer.eos_token_id]) for caption in captions]
+        ids = pad_sequence(texts, batch_first=True, padding_value=self.tokenizer.pad_token_id)
+        labels = torch.where(ids == self.tokenizer.pad_token_id, -100, ids)
+        labels[:, : len(self.prompt)] = -100
+        return {
+            "input_ids": ids,
+            "attention_mask": (ids != self.tokenizer.pad_token_id).long(),
+            "labels": labels,
+            **self.without_text(rows),
+        }
+
+    def without_text(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        """Pictures and truth, for the saliency module alone."""
+        return {
+            "pixel_values": self.pixels(rows),
+            "rating_targets": torch.stack([row["rating"] for row in rows]),
+            "aspect_targets": torch.stack([row["aspect_labels"] for row in rows]),
+            "saliency_targets": torch.stack([row["saliency"] for row in rows]),
+        }
+
+
+# Arms ----------------------------------------------------------------------------------------------------------------
+
+
+class Learner(nn.Module):
+    """A model with a head for aspects and ratings on the image features that its language model reads."""
+
+    def __init__(self, mllm: PreTrainedModel):
+        super().__init__()
+        self.mllm = mllm
+        size = mllm.config.image_seq_length * mllm.config.text_config.hidden_size
+        self.norm = nn.LayerNorm(size)
+        self.aspects = nn.Linear(size, len(FAULTS))
+        self.scores = nn.Linear(size, 10)
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        rating_targets: torch.Tensor,
+        aspect_targets: torch.Tensor,
+        saliency_targets: torch.Tensor,
+        **inputs: Any,
+    ) -> dict[str, Any]:
+        """Without `input_ids`, what can be learned without captions."""
+        added = isinstance(self.mllm, ASEForConditionalGeneration)
+        targets = {"rating_targets": rating_targets, "aspect_targets": aspect_targets}
+        maps = {"saliency_targets": saliency_targets}
+        if inputs.get("input_ids") is not None:
+            outputs = self.mllm(pixel_values=pixel_values, **inputs, **(targets | maps if added else {}))
+            loss, features = outputs.loss, outputs.image_hidden_states
+        else:
+            model = self.mllm if added else self.mllm.model
+            outputs = model.get_image_features(pixel_values=pixel_values, return_dict=True)
+            loss, features = 0.0, torch.cat(list(outputs.pooler_output))
+            if added:
+                loss = saliency_losses(self.mllm.config.iasm_config, outputs, **targets, **maps)["loss"]
+        features = self.norm(features.reshape(len(pixel_values), -1))
+        aspects, scores = self.aspects(features), self.scores(features)
+        loss = loss + WEIGHTS["aspect_loss_weight"] * aspect_loss(aspects, aspect_targets)
+        return {"loss": loss + WEIGHTS["score_loss_weight"] * rating_loss(scores, rating_targets), "aspects": aspects}
+
+
+def load_base() -> LlavaForConditionalGeneration:
+    """The LLaVA of the bundled model, without the saliency branch."""
+    bundle = ASEForConditionalGeneration.from_pretrained(BUNDLE, dtype=torch.float32)
+    base = LlavaForConditionalGeneration(bundle.config.mllm_config)
+    base.load_state_dict(bundle.model.mllm.state_dict())
+    base.generation_config = bundle.generation_config
+    return base
+
+
+def graft(arm: str, base: LlavaForConditionalGeneration, processor: ASEProcessor) -> PreTrainedModel:
+    """The base with the saliency branch of this arm; the arm "base" as it is."""
+    if arm == "base":
+        return base
+    iasm_config = IASMConfig(
+        backbone_config={
+            "model_type": "resnet",
+            "embedding_size": 24,
+            "hidden_sizes": [24, 48, 96, 128],
+            "depths": [1, 1, 1, 1],
+            "layer_type": "basic",
+            "out_features": ["stage1", "stage2", "stage3", "stage4"],
+        },
+        image_size=SALIENCY_SIZE,
+        image_mean=processor.image_processor.image_mean,
+        image_std=processor.image_processor.image_std,
+        hidden_size=128,
+        num_attention_heads=4,
+        aspect_names=list(FAULTS),
+        **{**WEIGHTS, **ADDED_LOSSES.get(arm, {})},
+    )
+    model = ASEForConditionalGeneration.from_mllm_pretrained(
+        base,
+        iasm_config=iasm_config,
+        fusion_layers=FUSION_LAYERS.get(arm, [0, 1, 2]),
+        fusion_hidden_size=192,
+        fusion_num_attention_heads=12,
+    )
+    iasm = model.model.iasm
+    if arm == "control-untied":
+        change_tokens(iasm, saliency_maps=lambda maps: torch.full_like(maps, 1 / maps[0].numel()))
+    if arm in TOKENS:
+        change_tokens(iasm, keep=TOKENS[arm])
+    if arm == "no-contrast":
+        silence(iasm.map_pyramid.photometry, slice(iasm.num_maps, None), dim=1)
+    if arm == "no-subject-photometry":
+        silence(iasm.geometry, slice(iasm.num_geometry, None), dim=1)
+    if arm == "no-places":
+        silence(iasm.places, slice(None), dim=1)
+        iasm.places.bias.requires_grad_(False)
+    if arm == "mask":
+        width = model.config.vision_config.hidden_size
+        for layer in model.config.fusion_layers:
+            model.model.fusions.add_module(str(layer), SaliencyMask(model.config, width, iasm))
+    return model
+
+
+def change_tokens(
+    iasm: ImageAestheticSaliencyModule, saliency_maps: Callable = lambda maps: maps, keep: slice = slice(None)
+) -> None:
+    """Tokens made from other maps, or zeros in place of all tokens but those to keep."""
+    make_tokens = iasm.make_tokens
+
+    def changed(features: torch.Tensor, maps: torch.Tensor, *photometry: torch.Tensor) -> torch.Tensor:
+        tokens = make_tokens(features, saliency_maps(maps), *photometry)
+        kept = torch.zeros(tokens.shape[1], 1)
+        kept[keep] = 1
+        return tokens * kept
+
+    iasm.make_tokens = changed
+
+
+def silence(module: nn.Module, part: slice, dim: int) -> None:
+    """Zeros in place of a part of what a module reads."""
+
+    def zeroed(module: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
+        keep = torch.ones(inputs[0].shape[dim])
+        keep[part] = 0
+        return inputs[0] * keep.view([-1 if axis == dim else 1 for axis in range(inputs[0].ndim)])
+
+    module.register_forward_pre_hook(zeroed)
+
+
+class SaliencyMask(SaliencyCrossAttention):
+    """In place of the attention, patches times the saliency at their place, its largest value 1; as many parameters."""
+
+    def __init__(self, config: ASEConfig, hidden_size: int, iasm: ImageAestheticSaliencyModule):
+        super().__init__(config, hidden_size)
+        predict_map = iasm.predict_map
+
+        def remembered(*args: torch.Tensor) -> torch.Tensor:
+            self.maps = predict_map(*args)
+            return self.maps
+
+        iasm.predict_map = remembered
+
+    def forward(self, hidden_states: torch.Tensor, saliency_tokens: torch.Tensor) -> torch.Tensor:
+        side = round((hidden_states.shape[1] - 1) ** 0.5)
+        mask = F.adaptive_avg_pool2d(self.maps, side).flatten(1)
+        mask = F.pad(mask / mask.amax(1, keepdim=True), (1, 0), value=1.0)  # the class token stays as it is
+        return hidden_states * (1 + self.gate.tanh() * (mask.unsqueeze(-1) - 1))
+
+
+# Runs ----------------------------------------------------------------------------------------------------------------
+
+
+def parameter_groups(model: nn.Module, learning_rate: float) -> list[dict]:
+    """No weight decay on vectors; gates twenty times as fast, or they hardly open; a warmed-up IASM a tenth as fast."""
+    rates = {"gate": 20.0, "iasm": 0.1}
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part = "gate" if name.endswith("gate") else "iasm" if ".iasm." in name else ""
+            key = learning_rate * rates.get(part, 1.0), 0.05 if parameter.ndim > 1 else 0.0
+            groups.setdefault(key, []).append(parameter)
+    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+
+
+def train(
+    model: nn.Module, pictures: Pictures, collator: Callable, batch_size: int, seed: int, args: argparse.Namespace
+) -> float:
+    """One run of the `Trainer` over all pictures; seconds that it took."""
+    arguments = TrainingArguments(
+        output_dir=str(args.work / "trainer"),
+        use_cpu=not torch.cuda.is_available(),
+        num_train_epochs=1,
+        per_device_train_batch_size=batch_size,
+        lr_scheduler_type="cosine",
+        warmup_steps=min(100, len(pictures) // batch_size // 10),
+        save_strategy="no",
+        logging_steps=100,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        report_to="none",
+        disable_tqdm=True,
+        seed=seed,
+    )
+    groups = parameter_groups(model, args.learning_rate)
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.98))
+    trainer = Trainer(model, arguments, train_dataset=pictures, data_collator=collator, optimizers=(optimizer, None))
+    return trainer.train().metrics["train_runtime"]
+
+
+def run_arm(arm: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Trains and measures one arm, or reads what it gave."""
+    path = args.work / f"{arm}-{seed}.json"
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    torch.set_num_threads(1)
+    set_seed(seed)
+    processor = ASEProcessor.from_pretrained(BUNDLE)
+    collator = Collator(processor)
+    learner = Learner(load_base())
+    learner.mllm = graft(arm, learner.mllm, processor)
+    stages = (
+        (0, args.warm_up),
+        (args.warm_up, args.vision_samples),
+        (args.warm_up + args.vision_samples, args.samples),
+    )
+    warm_up, vision, whole = (Pictures(args.work, "train", number, start) for start, number in stages)
+    alone = learner if arm == "base" else learner.mllm.model.iasm
+    seconds = train(alone, warm_up, collator.without_text, 2 * args.batch_size, seed, args)
+    seconds += train(learner, vision, collator.without_text, args.batch_size, seed, args)
+    seconds += train(learner, whole, collator, args.batch_size, seed, args)
+    result = measure(learner.eval(), Pictures(args.work, "test"), collator)
+    result["seconds of training"] = seconds
+    result["parameters"] = sum(parameter.numel() for parameter in learner.mllm.parameters())
+    result["gates"] = [p.tanh().item() for name, p in learner.mllm.named_parameters() if name.endswith("gate")]
+    path.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    return result
+
+
+@torch.inference_mode()
+def measure(learner: Learner, pictures: Pictures, collator: Collator) -> dict[str, Any]:
+    """All figures of one trained arm on the held-out pictures."""
+    rows = [pictures[i] for i in range(len(pictures))]
+    tokenizer, model = collator.tokenizer, learner.mllm
+    captions, heads, judged, maps = [], [], [], []
+    for start in range(0, len(rows), 50):
+        batch = rows[start : start + 50]
+        pixels = collator.pixels(batch)
+        prompts = torch.tensor([collator.prompt] * len(batch))
+        ids = model.generate(
+            input_ids=prompts, pixel_values=pixels, do_sample=False, max_new_tokens=90,
+            attention_mask=torch.ones_like(prompts), pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        captions += tokenizer.batch_decode(ids[:, prompts.shape[1] :], skip_special_tokens=True)
+        heads += learner(**collator(batch))["aspects"].tolist()
+        if isinstance(model, ASEForConditionalGeneration):
+            outputs = model.model.iasm(pixels)
+            maps += list(outputs.saliency_maps)
+            judged += outputs.aspect_logits.tolist()
+    truths = [dict(zip(FAULTS, row["aspect_labels"].tolist())) for row in rows]
+    composite = [bool(row["composite"]) for row in rows]
+    said = [named_faults(caption) for caption in captions]
+    references = [row["references"] for row in rows]
+    pasted = [i for i, is_composite in enumerate(composite) if is_composite]
+    return {
+        "accuracy": accuracies(said, truths, composite),
+        "accuracy of the heads": accuracies([decide(logits) for logits in heads], truths, composite),
+        "accuracy of the IASM": accuracies([decide(logits) for logits in judged], truths, composite)
+        if judged
+        else None,
+        "text": text_scores(captions, references),
+        "text, composites": text_scores([captions[i] for i in pasted], [references[i] for i in pasted]),
+        "wrong photo": text_scores(captions, references[1:] + references[:1]),
+        "saliency": measure_maps(maps, [row["saliency"].numpy() for row in rows]) if maps else None,
+        "captions": captions[:20],
+    }
+
+
+def decide(values: list[float]) -> set[str]:
+    """The faults that a head's logits name: the likeliest of an aspect, if likelier than not; a placement always."""
+    named, logits = set(), dict(zip(FAULTS, values))
+    for aspect, faults in ASPECT_FAULTS.items():
+        likeliest = max(faults, key=logits.get)
+        if logits[likeliest] > 0 or aspect == "placement":
+            named.add(likeliest)
+    return named
+
+
+def accuracies(named: list[set[str]], truths: list[dict[str, float]], composite: list[bool]) -> dict[str, float]:
+    """
+    Balanced accuracy of each aspect: the mean over its faults, and over "none of them", of how often exactly that is said.
+
+    Only pictures of which the truth is known count; for placement and depth, composites.
+    """
+    aspects = {**ASPECT_FAULTS, "subject sharpness": ("subject_blurred",)}
+    result = {}
+    for aspect, faults in aspects.items():
+        hits = {}
+        for said, truth, pasted in zip(named, truths, composite):
+            known = all(truth[fault] >= 0 for fault in faults) and (pasted or aspect not in PLACED)
+            if known:
+                present = frozenset(fault for fault in faults if truth[fault] == 1)
+                hits.setdefault(present, []).append(present == said & set(faults))
+        result[aspect] = float(np.mean([np.mean(values) for values in hits.values()])) if hits else float("nan")
+    return result
+
+
+def measure_maps(maps: list[torch.Tensor], truths: list[np.ndarray]) -> dict[str, float]:
+    size = truths[0].shape
+    resized = F.interpolate(torch.stack(maps).unsqueeze(1), size=size, mode="bilinear", align_corners=False)
+    scores = saliency_scores([saliency[0].numpy() for saliency in resized], truths)
+    return {**scores, "centre bias AUC": centre_bias(truths, np.mean(truths, axis=0))["AUC"]}
+
+
+# Table ---------------------------------------------------------------------------------------------------------------
+
+ASPECTS = (*ASPECT_FAULTS, "subject sharpness")
+
+
+def figures_of(result: dict[str, Any]) -> dict[str, float]:
+    """The figures of one run that the tables show; accuracies in points."""
+    accuracy, heads = result["accuracy"], result["accuracy of the heads"]
+    iasm, saliency = result["accuracy of the IASM"] or dict.fromkeys(heads, float("nan")), result["saliency"] or {}
+    return {
+        "accuracy": 100 * np.mean([accuracy[aspect] for aspect in ASPECT_FAULTS]),
+        "placed": 100 * np.mean([accuracy[aspect] for aspect in PLACED]),
+        "elsewhere": 100 * np.mean([accuracy[aspect] for aspect in ASPECT_FAULTS if aspect not in PLACED]),
+        "heads": 100 * np.mean([heads[aspect] for aspect in ASPECT_FAULTS]),
+        "heads, placed": 100 * np.mean([heads[aspect] for aspect in PLACED]),
+        "IASM": 100 * np.mean([iasm[aspect] for aspect in ASPECT_FAULTS]),
+        "IASM, placed": 100 * np.mean([iasm[aspect] for aspect in PLACED]),
+        "CIDEr": result["text"]["CIDEr"],
+        "CIDEr, composites": result["text, composites"]["CIDEr"],
+        "CIDEr, wrong photo": result["wrong photo"]["CIDEr"],
+        "BLEU-4": result["text"]["BLEU-4"],
+        "map AUC": saliency.get("AUC", float("nan")),
+        "map NSS": saliency.get("NSS", float("nan")),
+        "map CC": saliency.get("CC", float("nan")),
+        "parameters, M": result["parameters"] / 1e6,
+        "training, s": result["seconds of training"],
+        **{aspect: 100 * accuracy[aspect] for aspect in ASPECTS},
+    }
+
+
+def spread(values: list[float]) -> str:
+    if np.isnan(values).any():
+        return "-"
+    digits = 1 if np.max(np.abs(values)) >= 3 else 3
+    deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{deviation}"
+
+
+def as_markdown(results: dict[tuple[str, int], dict], args: argparse.Namespace) -> str:
+    """Mean ± standard deviation over seeds; differences are those of the same seed."""
+    figures = {run: figures_of(result) for run, result in results.items()}
+    names = list(next(iter(figures.values())))
+
+    def over_seeds(arm: str, name: str, other: str | None = None) -> list[float]:
+        seeds = [seed for seed in args.seeds if (arm, seed) in figures]
+        return [figures[arm, s][name] - (figures[other, s][name] if other else 0) for s in seeds]
+
+    def row(*cells: str) -> str:
+        return "| " + " | ".join(cells) + " |"
+
+    general, aspects = [name for name in names if name not in ASPECTS], list(ASPECTS)
+    lines = [row("arm", *general), row(*["---"] * (1 + len(general)))]
+    lines += [row(arm, *(spread(over_seeds(arm, name)) for name in general)) for arm in args.arms]
+    lines += ["", row("accuracy of captions", *args.arms), row(*["---"] * (1 + len(args.arms)))]
+    lines += [row(aspect, *(spread(over_seeds(arm, aspect)) for arm in args.arms)) for aspect in aspects]
+    others = [arm for arm in MAIN_ARMS if arm != "ase" and {arm, "ase"} <= set(args.arms)]
+    lines += ["", row("difference", *(f"ase - {arm}" for arm in others)), row(*["---"] * (1 + len(others)))]
+    compared = ["accuracy", "placed", "elsewhere", "CIDEr", "CIDEr, composites", *aspects]
+    lines += [row(name, *(spread(over_seeds("ase", name, arm)) for arm in others)) for name in compared]
+    biases = [r["saliency"]["centre bias AUC"] for r in results.values() if r["saliency"]]
+    seeds = f"Seeds {', '.join(map(str, args.seeds))}"
+    if args.ablation_seeds:
+        seeds += f" (arms other than {', '.join(MAIN_ARMS)}: the first {args.ablation_seeds})"
+    about = (
+        f"{seeds}; {args.warm_up} + {args.vision_samples} + {args.samples} samples of {args.pictures} pictures; "
+        f"tested on {args.test_pictures}. Balanced accuracy in points, mean ± standard deviation over seeds; `placed` is "
+        f"the mean of {', '.join(PLACED)}, `elsewhere` of the other aspects; `heads` are those on the image features, "
+        "`IASM` its own. CIDEr by all five references."
+    )
+    return "\n".join([about + f" Centre bias: map AUC {np.mean(biases):.3f}." * bool(biases), "", *lines])
+
+
+def record(path: Path, table: str) -> None:
+    begin, end = "<!-- benchmark: begin -->", "<!-- benchmark: end -->"
+    before, rest = path.read_text(encoding="utf-8").split(begin)
+    path.write_text(f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}", encoding="utf-8")
+
+
+def check_settings(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Finished runs only stand beside runs of the same settings."""
+    names = ("pictures", "test_pictures", "warm_up", "vision_samples", "samples", "batch_size", "learning_rate")
+    settings, path = {name: getattr(args, name) for name in names}, args.work / "settings.json"
+    if path.exists() and (before := json.loads(path.read_text(encoding="utf-8"))) != settings:
+        parser.error(f"{args.work} holds runs of other settings ({before}): give another --work")
+    path.write_text(json.dumps(settings), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument(
+        "--ablation-seeds", type=int, help="how many of the seeds the arms beside the main ones run on"
+    )
+    parser.add_argument("--pictures", type=int, default=8000, help="different pictures to train on")
+    parser.add_argument("--test-pictures", type=int, default=800)
+    parser.add_argument("--warm-up", type=int, default=8000, help="samples that train the saliency branch alone")
+    parser.add_argument("--vision-samples", type=int, default=4000, help="samples without captions after that")
+    parser.add_argument("--samples", type=int, default=4000, help="samples end to end with captions after that")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--quick", action="store_true", help="the main arms, one seed, few samples")
+    parser.add_argument("--sources", type=Path, help="folder with the photographs and cut-outs")
+    parser.add_argument("--work", type=Path, default=Path("runs/critique-benchmark"))
+    parser.add_argument("--record", type=Path, help="write the table between the marks of this file")
+    args = parser.parse_args()
+    if args.quick:
+        parser.set_defaults(**QUICK)
+        args = parser.parse_args()
+
+    # Data
+    args.work.mkdir(parents=True, exist_ok=True)
+    check_settings(args, parser)
+    for split, number in (("train", args.pictures), ("test", args.test_pictures)):
+        if not (args.work / f"{split}.json").exists():
+            make_pictures(split, number, args.work, args.sources)
+
+    # Run
+    fewer = args.seeds[: args.ablation_seeds]
+    runs = [(arm, seed) for seed in args.seeds for arm in args.arms if arm in MAIN_ARMS or seed in fewer]
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+        side_by_side = pool.map if args.jobs > 1 else map
+        results = dict(zip(runs, side_by_side(run_arm, *zip(*runs), [args] * len(runs))))
+    table = as_markdown(results, args)
+    print(table)
+    (args.work / "table.md").write_text(table, encoding="utf-8")
+    if args.record:
+        record(args.record, table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""examples/critique_benchmark.py small: every arm starts as its base and differs as it says; figures by hand."""
+
+import json
+import sys
+
+import critique_benchmark as benchmark
+import pytest
+import torch
+from critique_data import FAULTS
+
+from ase_mllm import ASEForConditionalGeneration, ASEProcessor
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return ASEProcessor.from_pretrained(benchmark.BUNDLE)
+
+
+def arm_of(name: str, processor):
+    torch.manual_seed(0)
+    return benchmark.graft(name, benchmark.load_base(), processor).eval()
+
+
+def make_batch(processor, number: int = 2) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    row = {
+        "image": torch.randint(0, 256, (3, 192, 192), generator=generator, dtype=torch.uint8),
+        "caption": "The light is too dark",
+        "rating": torch.full((10,), 0.1),
+        "aspect_labels": torch.zeros(len(FAULTS)),
+        "saliency": torch.eye(32),
+    }
+    return benchmark.Collator(processor)([row] * number)
+
+
+@pytest.mark.parametrize("name", benchmark.ARMS)
+def test_every_arm_starts_as_the_base(name, processor):
+    inputs = {key: value for key, value in make_batch(processor).items() if not key.endswith("targets")}
+    with torch.inference_mode():
+        expected, logits = (arm_of(one, processor)(**inputs).logits for one in ("base", name))
+    assert torch.equal(expected, logits)
+
+
+def tokens_of(name: str, processor, scale: float = 1.0) -> torch.Tensor:
+    """Saliency tokens; `scale` sharpens the map."""
+    model = arm_of(name, processor)
+    model.model.iasm.map_head[-1].weight.data.mul_(scale)
+    with torch.inference_mode():
+        return model.model.iasm(make_batch(processor)["pixel_values"]).saliency_tokens
+
+
+def test_control_has_the_parameters_of_ase_and_no_map_loss(processor):
+    ase, control, untied = (arm_of(name, processor) for name in ("ase", "control", "control-untied"))
+    assert ase.num_parameters() == control.num_parameters() == untied.num_parameters()
+    weights = [model.config.iasm_config.saliency_loss_weight for model in (ase, control, untied)]
+    assert weights == [1.0, 0.0, 0.0]
+
+
+def test_tokens_of_the_untied_control_do_not_follow_the_map(processor):
+    assert not torch.equal(tokens_of("ase", processor), tokens_of("ase", processor, 20))
+    assert torch.equal(tokens_of("control-untied", processor), tokens_of("control-untied", processor, 20))
+
+
+@pytest.mark.parametrize("name, zeros", [("queries-only", slice(0, 6)), ("pooled-only", slice(4, None))])
+def test_tokens_are_left_out(name, zeros, processor):
+    whole, tokens = tokens_of("ase", processor), tokens_of(name, processor)
+    assert torch.equal((whole == tokens).all(dim=2).sum(1), (tokens != 0).any(dim=2).sum(1))  # the rest is as it was
+    assert tokens[:, zeros].abs().max() == 0 and (tokens != 0).any()
+
+
+@pytest.mark.parametrize(
+    "name, module, part",
+    [
+        ("no-contrast", "map_pyramid.photometry", slice(10, None)),
+        ("no-subject-photometry", "geometry.0", slice(24, None)),
+        ("no-places", "places", slice(None)),
+    ],
+)
+def test_inputs_are_silenced(name, module, part, processor):
+    seen = {}
+    for arm in ("ase", name):
+        iasm = arm_of(arm, processor).model.iasm
+        iasm.get_submodule(module).register_forward_pre_hook(lambda _, args, arm=arm: seen.update({arm: args[0]}))
+        iasm(make_batch(processor)["pixel_values"])
+    assert seen["ase"][:, part].abs().max() > 0 and seen[name][:, part].abs().max() == 0
+
+
+@pytest.mark.parametrize("name, term", [("no-score-loss", "score"), ("no-aspect-loss", "aspect"), ("ase", None)])
+def test_a_loss_term_is_left_out(name, term, processor):
+    config = arm_of(name, processor).config.iasm_config
+    off = [one for one in ("score", "aspect", "saliency") if getattr(config, f"{one}_loss_weight") == 0]
+    assert off == ([term] if term else [])
+
+
+@pytest.mark.parametrize("name, layers", [("fusion-first", [0]), ("fusion-middle", [1]), ("fusion-last", [2])])
+def test_one_layer_is_fused(name, layers, processor):
+    assert arm_of(name, processor).config.fusion_layers == layers
+
+
+def test_the_mask_multiplies_patches_and_not_the_class_token(processor):
+    model = arm_of("mask", processor)
+    mask = model.model.fusions.get_submodule("0")
+    mask.gate.data.fill_(100.0)
+    with torch.inference_mode():
+        model.model.iasm(make_batch(processor)["pixel_values"])
+        masked = mask(torch.ones(2, 37, 192), torch.zeros(2, 14, 128))
+    pooled = torch.nn.functional.adaptive_avg_pool2d(mask.maps, 6).flatten(1)
+    torch.testing.assert_close(masked[:, 1:, 0], pooled / pooled.amax(1, keepdim=True))
+    assert torch.equal(masked[:, 0], torch.ones(2, 192))
+
+
+def test_the_base_is_the_bundles_without_its_branch(processor):
+    base = benchmark.load_base()
+    bundle = ASEForConditionalGeneration.from_pretrained(benchmark.BUNDLE)
+    for name, parameter in bundle.model.mllm.named_parameters():
+        assert torch.equal(parameter, base.get_parameter(name)), name
+    assert not any(hook for module in base.modules() for hook in module._forward_hooks)
+
+
+def test_heads_train_in_every_arm(processor):
+    for name in ("base", "ase"):
+        learner = benchmark.Learner(benchmark.load_base())
+        learner.mllm = benchmark.graft(name, learner.mllm, processor)
+        batch = make_batch(processor)
+        loss = learner(**batch)["loss"]
+        loss.backward()
+        assert loss > learner.mllm(**{k: v for k, v in batch.items() if "targets" not in k}).loss
+        assert learner.aspects.weight.grad.abs().max() > 0 and learner.scores.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", ["base", "ase"])
+def test_without_captions_the_same_is_learned_but_for_the_captions(name, processor):
+    learner = benchmark.Learner(benchmark.load_base())
+    learner.mllm = benchmark.graft(name, learner.mllm, processor)
+    batch = make_batch(processor)
+    whole = learner.eval()(**batch)
+    caption = learner.mllm(**{key: value for key, value in batch.items() if not key.endswith("targets")}).loss
+    alone = learner(
+        **{key: value for key, value in batch.items() if key.startswith(("pixel", "rating", "aspect", "sal"))}
+    )
+    torch.testing.assert_close(alone["aspects"], whole["aspects"])
+    torch.testing.assert_close(alone["loss"], whole["loss"] - caption)
+
+
+def test_accuracies_by_hand():
+    def truth(*present: str, unknown: tuple[str, ...] = ()) -> dict[str, float]:
+        return {fault: 1.0 if fault in present else -1.0 if fault in unknown else 0.0 for fault in FAULTS}
+
+    truths = [truth("underexposed"), truth("overexposed"), truth(), truth(), truth(unknown=("noisy",))]
+    said = [{"underexposed"}, {"underexposed"}, set(), {"overexposed"}, {"noisy"}]
+    result = benchmark.accuracies(said, truths, [False] * 5)
+    assert result["exposure"] == pytest.approx((1 + 0 + 2 / 3) / 3)
+    assert result["noise"] == 1  # the unknown one does not count, and there is no noisy picture
+    assert result["placement"] != result["placement"]  # no composites
+
+    truths = [truth("subject_centred", "subject_blurred"), truth("subject_left_third"), truth("subject_near_edge")]
+    said = [{"subject_centred"}, {"subject_centred", "subject_left_third"}, {"subject_near_edge"}]
+    result = benchmark.accuracies(said, truths, [True, True, False])
+    assert result["placement"] == pytest.approx(0.5) and result["depth"] == pytest.approx(0.5)
+    assert result["subject sharpness"] == pytest.approx(0.5)
+
+
+def test_a_head_names_one_fault_an_aspect_and_always_a_placement():
+    logits = dict.fromkeys(FAULTS, -2.0) | {"underexposed": 0.5, "overexposed": 1.0, "subject_left_third": -1.0}
+    assert benchmark.decide(list(logits.values())) == {"overexposed", "subject_left_third"}
+
+
+def test_it_runs_small_and_does_not_run_twice(tmp_path, monkeypatch, critique_sources, capsys):
+    monkeypatch.setattr(benchmark, "load_sources", lambda split, directory: critique_sources[split])
+    log = tmp_path / "log.md"
+    log.write_text("before\n<!-- benchmark: begin -->\nold\n<!-- benchmark: end -->\nafter\n")
+    arguments = "--arms base ase --seeds 0 1 --pictures 8 --test-pictures 4 --warm-up 8 --vision-samples 4 --samples 8 --jobs 1"
+    command = ["x", *arguments.split(), "--work", str(tmp_path / "work"), "--record", str(log)]
+    monkeypatch.setattr(sys, "argv", command)
+    benchmark.main()
+    text = log.read_text()
+    assert text.startswith("before") and text.endswith("after\n") and "old" not in text
+    assert "| placement | " in text and "| difference | ase - base |" in text and " ± " in text
+    kept = json.loads((tmp_path / "work" / "ase-1.json").read_text())
+    assert len(kept["gates"]) == 3 and any(kept["gates"]) and kept["saliency"]["AUC"] > 0
+
+    monkeypatch.setattr(benchmark, "train", lambda *args: pytest.fail("trained again"))
+    benchmark.main()
+    assert log.read_text() == text
+
+    monkeypatch.setattr(sys, "argv", [*command, "--samples", "24"])
+    with pytest.raises(SystemExit):
+        benchmark.main()
+    assert "other settings" in capsys.readouterr().err
+
+
+def test_quick_is_the_main_arms(monkeypatch, tmp_path):
+    seen = {}
+    monkeypatch.setattr(benchmark, "make_pictures", lambda split, number, *args: seen.update({split: number}))
+    monkeypatch.setattr(benchmark, "run_arm", lambda arm, seed, args: seen.update({arm: args.samples}))
+    monkeypatch.setattr(benchmark, "as_markdown", lambda results, args: "")
+    monkeypatch.setattr(sys, "argv", ["x", "--quick", "--jobs", "1", "--work", str(tmp_path)])
+    benchmark.main()
+    assert set(seen) == {"train", "test", *benchmark.MAIN_ARMS} and seen["train"] == benchmark.QUICK["pictures"]
