@@ -9,7 +9,7 @@ saliency branch taken away. Every arm sees the same pictures in the same order w
 `--warm-up` samples for the saliency module alone, `--vision-samples` for all but the language model, and `--samples` end
 to end with captions (the base, which has no saliency module, trains its encoder in the first part too). In every arm
 aspect labels and ratings also train a head on the image features that the language model reads. Captions to learn from
-say the same faults always the same way (`plain_caption`); references are the free ones. Pictures are those of the
+have one fixed form (`plain_caption`), so that few of them teach what to see, and so has the one reference. Pictures are those of the
 critique generator, tested on held-out photographs and cut-outs. What a caption says is read from its words
 (`critique_data.named_faults`). The standard `Trainer` trains all.
 
@@ -24,7 +24,8 @@ critique generator, tested on held-out photographs and cut-outs. What a caption 
     no-contrast     ASE whose map is made without the maps of what differs; no-subject-photometry: whose geometry token
                     does not measure the subject's light and detail; no-places: whose queries do not know places
 
-Finished runs are kept in `--work` and not run again. Needs the extra `evaluation`.
+Finished runs are kept in `--work` and not run again; arms that differ from `ase` behind its saliency module only take
+that module from the first of them. Needs the extra `evaluation`.
 """
 
 import argparse
@@ -38,9 +39,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from critique_captions import plain_caption
 from critique_data import ASPECT_FAULTS, FAULTS, critique_dataset, load_sources, named_faults
 from evaluate_ase_mini import centre_bias, saliency_scores, text_scores
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
@@ -79,6 +82,7 @@ ADDED_LOSSES = {
     "no-score-loss": {"score_loss_weight": 0.0},
     "no-aspect-loss": {"aspect_loss_weight": 0.0},
 }
+SAME_IASM = ("ase", "fusion-first", "fusion-middle", "fusion-last", "mask")  # before the first part ends
 TOKENS = {"queries-only": slice(6, None), "pooled-only": slice(0, 4)}
 QUICK = {
     "arms": MAIN_ARMS,
@@ -101,7 +105,7 @@ def make_pictures(split: str, number: int, folder: Path, sources: Path | None) -
     texts = []
     for row in critique_dataset(split, number, seed=0, sources=load_sources(split, sources)):
         image = np.array(row["image"].resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))
-        texts.append({"caption": row["plain_caption"], "references": row["references"]})
+        texts.append({"caption": plain_caption(row["aspect_labels"])})
         for name, values in columns.items():
             values.append(torch.from_numpy(image).permute(2, 0, 1) if name == "image" else torch.tensor(row[name]))
     save_file({name: torch.stack(values) for name, values in columns.items()}, folder / f"{split}.safetensors")
@@ -341,7 +345,7 @@ def train(
         seed=seed,
     )
     groups = parameter_groups(model, args.learning_rate)
-    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.98), fused=True)
     trainer = Trainer(model, arguments, train_dataset=pictures, data_collator=collator, optimizers=(optimizer, None))
     return trainer.train().metrics["train_runtime"]
 
@@ -364,7 +368,17 @@ def run_arm(arm: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     )
     warm_up, vision, whole = (Pictures(args.work, "train", number, start) for start, number in stages)
     alone = learner if arm == "base" else learner.mllm.model.iasm
-    seconds = train(alone, warm_up, collator.without_text, 2 * args.batch_size, seed, args)
+    kept = args.work / f"iasm-{seed}.safetensors"
+    if arm in SAME_IASM and kept.exists():
+        with safe_open(kept, framework="pt") as file:
+            seconds = float(file.metadata()["seconds"])
+        alone.load_state_dict(load_file(kept))
+    else:
+        seconds = train(alone, warm_up, collator.without_text, 2 * args.batch_size, seed, args)
+        if arm in SAME_IASM:
+            written = kept.with_suffix(f".{arm}")
+            save_file(alone.state_dict(), written, metadata={"seconds": str(seconds)})
+            written.replace(kept)
     seconds += train(learner, vision, collator.without_text, args.batch_size, seed, args)
     seconds += train(learner, whole, collator, args.batch_size, seed, args)
     result = measure(learner.eval(), Pictures(args.work, "test"), collator)
@@ -398,7 +412,7 @@ def measure(learner: Learner, pictures: Pictures, collator: Collator) -> dict[st
     truths = [dict(zip(FAULTS, row["aspect_labels"].tolist())) for row in rows]
     composite = [bool(row["composite"]) for row in rows]
     said = [named_faults(caption) for caption in captions]
-    references = [row["references"] for row in rows]
+    references = [[row["caption"]] for row in rows]
     pasted = [i for i, is_composite in enumerate(composite) if is_composite]
     return {
         "accuracy": accuracies(said, truths, composite),
@@ -410,7 +424,7 @@ def measure(learner: Learner, pictures: Pictures, collator: Collator) -> dict[st
         "text, composites": text_scores([captions[i] for i in pasted], [references[i] for i in pasted]),
         "wrong photo": text_scores(captions, references[1:] + references[:1]),
         "saliency": measure_maps(maps, [row["saliency"].numpy() for row in rows]) if maps else None,
-        "captions": captions[:20],
+        "captions": captions,
     }
 
 
@@ -517,7 +531,7 @@ def as_markdown(results: dict[tuple[str, int], dict], args: argparse.Namespace) 
         f"{seeds}; {args.warm_up} + {args.vision_samples} + {args.samples} samples of {args.pictures} pictures; "
         f"tested on {args.test_pictures}. Balanced accuracy in points, mean ± standard deviation over seeds; `placed` is "
         f"the mean of {', '.join(PLACED)}, `elsewhere` of the other aspects; `heads` are those on the image features, "
-        "`IASM` its own. CIDEr by all five references."
+        "`IASM` its own. CIDEr and BLEU-4 against one reference, the caption of the truth in the same fixed form."
     )
     return "\n".join([about + f" Centre bias: map AUC {np.mean(biases):.3f}." * bool(biases), "", *lines])
 
@@ -548,7 +562,7 @@ def main() -> None:
     parser.add_argument("--test-pictures", type=int, default=800)
     parser.add_argument("--warm-up", type=int, default=8000, help="samples that train the saliency branch alone")
     parser.add_argument("--vision-samples", type=int, default=4000, help="samples without captions after that")
-    parser.add_argument("--samples", type=int, default=4000, help="samples end to end with captions after that")
+    parser.add_argument("--samples", type=int, default=8000, help="samples end to end with captions after that")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")

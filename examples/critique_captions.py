@@ -679,3 +679,33 @@ def _fix(truth: Truth, drawbacks: list[str], rng: np.random.Generator) -> str:
         return _cap(start + fixes[0] + ".")
     joined = ", ".join(fixes[:-1]) + _pick((" and ", ", then ", " and also "), rng) + fixes[-1]
     return _cap(start + joined + ".")
+
+
+def plain_caption(labels: list[float]) -> str:
+    """
+    The critique of `labels` (in the order of FAULTS: 1 present, 0 absent, -1 not spoken of) in one fixed form.
+
+    The same faults are always said in the same words and order, and nothing else is, so that a model that trains on
+    such captions can only learn to see.
+    """
+    known = dict(zip(FAULTS, labels, strict=True))
+    present = [fault for fault, label in known.items() if label == 1]
+    good = [_without_degree(_CLAUSES[fault][0]) for fault in present if fault not in _DRAWBACKS]
+    if not any(fault in _PLACEMENT for fault in present):
+        fine = [aspect for aspect in ("sharpness", "noise", "level") if known[ASPECT_FAULTS[aspect][0]] == 0]
+        good += [_PRAISE[aspect][0] for aspect in fine[:1]]
+    told = [_without_degree(_CLAUSES[fault][0]) for fault in present if fault in _DRAWBACKS and fault not in _NOUNS]
+    nouns = [_NOUNS[fault][0] for fault in present if fault in _NOUNS]
+    listed = [_LISTS[0].lower() + _plain_list(nouns)] if nouns else []
+    fixes = [_without_degree(_FIXES[fault][0]) for fault in present if fault in _DRAWBACKS]
+    ending = _plain_list(fixes) if fixes else _NOTHING[0]
+    return " ".join(_sentence(text) for text in (*good, *told, *listed, ending))
+
+
+def _without_degree(text: str) -> str:
+    """'raise the exposure by {by}' -> 'raise the exposure'."""
+    return re.sub(r"(?: by)? \{\w+\}", "", text.replace("{size}", ""))
+
+
+def _plain_list(parts: list[str]) -> str:
+    return ", ".join(parts[:-1]) + " and " + parts[-1] if len(parts) > 1 else parts[0]

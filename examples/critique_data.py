@@ -716,7 +716,6 @@ def make_sample(index: int, split: str, seed: int, sources: LoadedSources, **opt
     """One sample, the same for the same (seed, split, index): a picture and what is true of it.
 
     image: PIL RGB. caption, references: text, and five phrasings of the same truth (the caption is the first).
-    plain_caption: a phrasing that hangs on the truth alone, not on chance: the same faults are always said the same way.
     aspect_labels: 18 floats in the order of FAULTS, 1 present, 0 absent, -1 unknown or not applicable.
     rating: shares of the ratings 1..10. saliency: float32 (32, 32), the subject's coverage of the whole picture,
     squashed to a square, all zeros where there is no truth. composite, source, cutout: how it was made.
@@ -767,7 +766,6 @@ def encode_sample(
         "image": {"bytes": _jpeg(canvas, rng), "path": None},
         "caption": references[0],
         "references": references,
-        "plain_caption": compose_caption(truth, np.random.default_rng(0)),
         "aspect_labels": labels,
         "rating": rating_distribution(faults, len(unsure - faults.keys()), rng),
         "saliency": scene.saliency.astype(np.float32).tolist(),
@@ -928,7 +926,6 @@ FEATURES = datasets.Features(
         "image": datasets.Image(),
         "caption": datasets.Value("string"),
         "references": datasets.List(datasets.Value("string")),
-        "plain_caption": datasets.Value("string"),
         "aspect_labels": datasets.List(datasets.Value("float32")),
         "rating": datasets.List(datasets.Value("float64")),
         "saliency": datasets.List(datasets.List(datasets.Value("float32"))),

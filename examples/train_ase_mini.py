@@ -9,6 +9,7 @@ Stages (each starts from what the one before left in `--work`):
     language  the language model alone: the wording of critiques, no pictures
     joint     the whole model end to end with all loss terms; on two cores faster with
               `torchrun --nproc-per-node 2 examples/train_ase_mini.py --stage joint`
+    plain     captions in one fixed form, with the saliency module as it is: text learns from them what features mean
     critique  captions again, weaker faults and more subjects, with the saliency module as it is
 """
 
@@ -18,6 +19,7 @@ import os
 from pathlib import Path
 
 import torch
+from critique_captions import plain_caption
 from critique_data import FAULTS, LoadedSources, critique_dataset, critique_pool, load_sources
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -39,9 +41,9 @@ from ase_mllm import ASEDataCollator, ASEForConditionalGeneration, ASEProcessor,
 
 BUNDLE = Path(__file__).parent / "ase-mini"
 IMAGE_SIZE, PATCH_SIZE = 192, 32
-STAGES = ("iasm", "language", "joint", "critique")
-SAMPLES = {"iasm": 64_000, "language": 16_000, "joint": 76_000, "critique": 18_000}
-LEARNING_RATES = {"iasm": 1.5e-3, "language": 1e-3, "joint": 1e-3, "critique": 5e-4}
+STAGES = ("iasm", "language", "joint", "plain", "critique")
+SAMPLES = {"iasm": 64_000, "language": 16_000, "joint": 76_000, "plain": 16_000, "critique": 24_000}
+LEARNING_RATES = {"iasm": 1.5e-3, "language": 1e-3, "joint": 1e-3, "plain": 8e-4, "critique": 5e-4}
 OPTIONS = {"critique": {"strength": (1.0, 1.6), "composite_share": 0.6}}
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}{% for item in message['content'] %}"
@@ -184,6 +186,13 @@ class LanguageCollator:
         return {"input_ids": ids, "attention_mask": (ids != self.tokenizer.pad_token_id).long(), "labels": labels}
 
 
+class PlainCollator(ASEDataCollator):
+    """Whole examples whose caption has the fixed form."""
+
+    def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
+        return super().__call__([{**row, "caption": plain_caption(row["aspect_labels"])} for row in examples])
+
+
 def parameter_groups(model: torch.nn.Module, learning_rate: float) -> list[dict]:
     """No weight decay on vectors; the gates ten times as fast; a trained saliency module slower than the rest."""
     groups = {"matrices": [], "vectors": [], "gates": [], "iasm": []}
@@ -214,9 +223,10 @@ def train_stage(stage: str, model: ASEForConditionalGeneration, processor: ASEPr
     module, collator = {
         "iasm": (model.model.iasm, SaliencyCollator(processor)),
         "language": (model.model.mllm, LanguageCollator(processor)),
+        "plain": (model, PlainCollator(processor)),
     }.get(stage, (model, ASEDataCollator(processor)))
     model.requires_grad_(True)
-    if stage == "critique":
+    if stage in ("plain", "critique"):
         model.model.iasm.requires_grad_(False)
     samples = args.samples or SAMPLES[stage]
     processes = int(os.environ.get("WORLD_SIZE", "1"))

@@ -189,6 +189,27 @@ def test_it_runs_small_and_does_not_run_twice(tmp_path, monkeypatch, critique_so
     assert "other settings" in capsys.readouterr().err
 
 
+def test_arms_that_differ_behind_the_iasm_share_its_first_part(tmp_path, monkeypatch, critique_sources):
+    monkeypatch.setattr(benchmark, "load_sources", lambda split, directory: critique_sources[split])
+    arguments = "--seeds 0 --pictures 8 --test-pictures 4 --warm-up 8 --vision-samples 4 --samples 4 --jobs 1"
+    train, trained = benchmark.train, []
+    monkeypatch.setattr(
+        benchmark, "train", lambda model, *args: trained.append(type(model).__name__) or train(model, *args)
+    )
+
+    def run(work: str, *arms: str) -> dict:
+        trained.clear()
+        monkeypatch.setattr(sys, "argv", ["x", *arguments.split(), "--work", str(tmp_path / work), "--arms", *arms])
+        benchmark.main()
+        result = json.loads((tmp_path / work / "fusion-last-0.json").read_text())
+        return {name: value for name, value in result.items() if name != "seconds of training"}
+
+    alone = run("alone", "fusion-last")
+    assert trained == ["ImageAestheticSaliencyModule", "Learner", "Learner"]
+    assert run("shared", "ase", "fusion-last") == alone
+    assert trained == ["ImageAestheticSaliencyModule", "Learner", "Learner", "Learner", "Learner"]
+
+
 def test_quick_is_the_main_arms(monkeypatch, tmp_path):
     seen = {}
     monkeypatch.setattr(benchmark, "make_pictures", lambda split, number, *args: seen.update({split: number}))

@@ -7,7 +7,7 @@ import critique_data
 import numpy as np
 import pytest
 from conftest import landscape
-from critique_captions import Truth, compose_caption
+from critique_captions import Truth, compose_caption, plain_caption
 from critique_data import ASPECT_FAULTS, FAULTS, make_sample, named_faults
 from PIL import Image, ImageFilter
 
@@ -69,9 +69,24 @@ def test_labels_agree_with_every_reference(samples):
     for sample in samples:
         assert sample["references"][0] == sample["caption"]
         assert len(set(sample["references"])) == 5
-        assert all(named_faults(text) == _present(sample) for text in (*sample["references"], sample["plain_caption"]))
+        captions = *sample["references"], plain_caption(sample["aspect_labels"])
+        assert all(named_faults(text) == _present(sample) for text in captions)
         assert all(10 <= len(text.split()) <= critique_data.MAX_WORDS for text in sample["references"])
         assert set(sample["strengths"]) == _present(sample)
+
+
+def test_a_plain_caption_says_what_is_labelled_in_one_form():
+    present = {"muted": 1, "cool_cast": 1, "subject_near_edge": 1, "background_blurred": 1, "overexposed": -1}
+    assert plain_caption([present.get(fault, 0) for fault in FAULTS]) == (
+        "The background is blurred, so the subject stands out. The subject is cropped. It suffers from a cool cast and "
+        "muted colours. Warm the white balance, raise the saturation and move the subject further in."
+    )
+    unknown = dict.fromkeys(FAULTS, -1) | {"blurred": 0}
+    assert plain_caption(list(unknown.values())) == "Fine detail is crisp. Nothing needs fixing."
+    for fault in FAULTS:
+        assert named_faults(plain_caption([float(other == fault) for other in FAULTS])) == {fault}
+    with pytest.raises(ValueError):
+        plain_caption([1, 0])
 
 
 def test_every_fault_occurs_on_both_sides(samples):
@@ -228,7 +243,6 @@ def test_the_data_set_gives_the_same_rows_as_the_pool(critique_sources, tmp_path
         for key in (
             "caption",
             "references",
-            "plain_caption",
             "aspect_labels",
             "rating",
             "composite",
