@@ -14,6 +14,7 @@ critique generator, tested on held-out photographs and cut-outs. What a caption 
 (`critique_data.named_faults`). The standard `Trainer` trains all.
 
     base            the base, fine-tuned; no saliency branch
+    base-longer     the same on three times as many samples in every part, to see whether it only lacks training
     control         the saliency branch without map targets: the same parameters and compute, a free attention map
     control-untied  the same, and its tokens pool the picture everywhere instead of under that map
     ase             ASE: the map is supervised, and the tokens are tied to it
@@ -71,10 +72,12 @@ BUNDLE = Path(__file__).parent / "ase-mini"
 SALIENCY_SIZE = 128  # pixels that the new saliency branch sees; the base sees 192
 WEIGHTS = {"score_loss_weight": 5.0, "aspect_loss_weight": 3.0, "saliency_loss_weight": 1.0}
 ARMS = (
-    "base", "control", "ase", "control-untied", "fusion-first", "fusion-middle", "fusion-last", "queries-only",
+    "base", "control", "ase", "base-longer", "control-untied", "fusion-first", "fusion-middle", "fusion-last", "queries-only",
     "pooled-only", "no-score-loss", "no-aspect-loss", "mask", "no-contrast", "no-subject-photometry", "no-places",
 )  # fmt: skip
 MAIN_ARMS = ARMS[:3]
+BASES = ("base", "base-longer")
+LONGER = 3
 FUSION_LAYERS = {"fusion-first": [0], "fusion-middle": [1], "fusion-last": [2]}
 ADDED_LOSSES = {
     "control": {"saliency_loss_weight": 0.0},
@@ -218,8 +221,8 @@ def load_base() -> LlavaForConditionalGeneration:
 
 
 def graft(arm: str, base: LlavaForConditionalGeneration, processor: ASEProcessor) -> PreTrainedModel:
-    """The base with the saliency branch of this arm; the arm "base" as it is."""
-    if arm == "base":
+    """The base with the saliency branch of this arm; for the arms of the base as it is."""
+    if arm in BASES:
         return base
     iasm_config = IASMConfig(
         backbone_config={
@@ -361,13 +364,10 @@ def run_arm(arm: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     collator = Collator(processor)
     learner = Learner(load_base())
     learner.mllm = graft(arm, learner.mllm, processor)
-    stages = (
-        (0, args.warm_up),
-        (args.warm_up, args.vision_samples),
-        (args.warm_up + args.vision_samples, args.samples),
-    )
-    warm_up, vision, whole = (Pictures(args.work, "train", number, start) for start, number in stages)
-    alone = learner if arm == "base" else learner.mllm.model.iasm
+    numbers = np.array([args.warm_up, args.vision_samples, args.samples]) * (LONGER if arm == "base-longer" else 1)
+    starts = np.cumsum(numbers) - numbers
+    warm_up, vision, whole = (Pictures(args.work, "train", int(n), int(start)) for n, start in zip(numbers, starts))
+    alone = learner if arm in BASES else learner.mllm.model.iasm
     kept = args.work / f"iasm-{seed}.safetensors"
     if arm in SAME_IASM and kept.exists():
         with safe_open(kept, framework="pt") as file:
