@@ -9,8 +9,8 @@ saliency branch taken away. Every arm sees the same pictures in the same order w
 `--warm-up` samples for the saliency module alone, `--vision-samples` for all but the language model, and `--samples` end
 to end with captions (the base, which has no saliency module, trains its encoder in the first part too). In every arm
 aspect labels and ratings also train a head on the image features that the language model reads. Captions to learn from
-have one fixed form (`plain_caption`), so that few of them teach what to see, and so has the one reference. Pictures are those of the
-critique generator, tested on held-out photographs and cut-outs. What a caption says is read from its words
+have one fixed form (`plain_caption`), so that few of them teach what to see, and so has the one reference. Pictures are
+those of the critique generator, tested on held-out photographs and cut-outs. What a caption says is read from its words
 (`critique_data.named_faults`). The standard `Trainer` trains all.
 
     base            the base, fine-tuned; no saliency branch
@@ -105,14 +105,11 @@ PLACED = ("placement", "depth", "subject sharpness")  # what has a place in the 
 def make_pictures(split: str, number: int, folder: Path, sources: Path | None) -> None:
     """Draws the pictures once, as every arm and every epoch sees them: `image` is uint8 `(n, 3, 192, 192)`."""
     columns = {"image": [], "aspect_labels": [], "rating": [], "saliency": [], "composite": []}
-    texts = []
     for row in critique_dataset(split, number, seed=0, sources=load_sources(split, sources)):
         image = np.array(row["image"].resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))
-        texts.append({"caption": plain_caption(row["aspect_labels"])})
         for name, values in columns.items():
             values.append(torch.from_numpy(image).permute(2, 0, 1) if name == "image" else torch.tensor(row[name]))
     save_file({name: torch.stack(values) for name, values in columns.items()}, folder / f"{split}.safetensors")
-    (folder / f"{split}.json").write_text(json.dumps(texts), encoding="utf-8")
 
 
 class Pictures(Dataset):
@@ -120,15 +117,15 @@ class Pictures(Dataset):
 
     def __init__(self, folder: Path, split: str, number: int | None = None, start: int = 0):
         self.columns = load_file(folder / f"{split}.safetensors")
-        self.texts = json.loads((folder / f"{split}.json").read_text(encoding="utf-8"))
-        self.start, self.number = start, number or len(self.texts)
+        self.start, self.number = start, number or len(self.columns["image"])
 
     def __len__(self) -> int:
         return self.number
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        index = (self.start + index) % len(self.texts)
-        return {**{name: values[index] for name, values in self.columns.items()}, **self.texts[index]}
+        index = (self.start + index) % len(self.columns["image"])
+        row = {name: values[index] for name, values in self.columns.items()}
+        return {**row, "caption": plain_caption(row["aspect_labels"].tolist())}
 
 
 class Collator:
@@ -353,6 +350,24 @@ def train(
     return trainer.train().metrics["train_runtime"]
 
 
+def train_first_part(
+    arm: str, learner: Learner, pictures: Pictures, collator: Collator, seed: int, args: argparse.Namespace
+) -> float:
+    """The saliency module alone, or where there is none the base; an arm with the IASM of `ase` takes that if it is there."""
+    alone = learner if arm in BASES else learner.mllm.model.iasm
+    kept = args.work / f"iasm-{seed}.safetensors"
+    if arm in SAME_IASM and kept.exists():
+        alone.load_state_dict(load_file(kept))
+        with safe_open(kept, framework="pt") as file:
+            return float(file.metadata()["seconds"])
+    seconds = train(alone, pictures, collator.without_text, 2 * args.batch_size, seed, args)
+    if arm in SAME_IASM:
+        written = kept.with_suffix(f".{arm}")
+        save_file(alone.state_dict(), written, metadata={"seconds": str(seconds)})
+        written.replace(kept)
+    return seconds
+
+
 def run_arm(arm: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Trains and measures one arm, or reads what it gave."""
     path = args.work / f"{arm}-{seed}.json"
@@ -367,18 +382,7 @@ def run_arm(arm: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     numbers = np.array([args.warm_up, args.vision_samples, args.samples]) * (LONGER if arm == "base-longer" else 1)
     starts = np.cumsum(numbers) - numbers
     warm_up, vision, whole = (Pictures(args.work, "train", int(n), int(start)) for n, start in zip(numbers, starts))
-    alone = learner if arm in BASES else learner.mllm.model.iasm
-    kept = args.work / f"iasm-{seed}.safetensors"
-    if arm in SAME_IASM and kept.exists():
-        with safe_open(kept, framework="pt") as file:
-            seconds = float(file.metadata()["seconds"])
-        alone.load_state_dict(load_file(kept))
-    else:
-        seconds = train(alone, warm_up, collator.without_text, 2 * args.batch_size, seed, args)
-        if arm in SAME_IASM:
-            written = kept.with_suffix(f".{arm}")
-            save_file(alone.state_dict(), written, metadata={"seconds": str(seconds)})
-            written.replace(kept)
+    seconds = train_first_part(arm, learner, warm_up, collator, seed, args)
     seconds += train(learner, vision, collator.without_text, args.batch_size, seed, args)
     seconds += train(learner, whole, collator, args.batch_size, seed, args)
     result = measure(learner.eval(), Pictures(args.work, "test"), collator)
@@ -579,7 +583,7 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     check_settings(args, parser)
     for split, number in (("train", args.pictures), ("test", args.test_pictures)):
-        if not (args.work / f"{split}.json").exists():
+        if not (args.work / f"{split}.safetensors").exists():
             make_pictures(split, number, args.work, args.sources)
 
     # Run

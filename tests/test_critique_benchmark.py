@@ -1,5 +1,6 @@
 """examples/critique_benchmark.py small: every arm starts as its base and differs as it says; figures by hand."""
 
+import argparse
 import json
 import sys
 
@@ -187,6 +188,17 @@ def test_it_runs_small_and_does_not_run_twice(tmp_path, monkeypatch, critique_so
     with pytest.raises(SystemExit):
         benchmark.main()
     assert "other settings" in capsys.readouterr().err
+
+
+def test_a_longer_base_sees_three_times_as_many_samples(tmp_path, monkeypatch):
+    seen = []
+    args = argparse.Namespace(work=tmp_path, warm_up=8, vision_samples=4, samples=6, batch_size=2)
+    monkeypatch.setattr(benchmark, "Pictures", lambda work, split, number=0, start=0: seen.append((start, number)))
+    monkeypatch.setattr(benchmark, "train", lambda *args: 0.0)
+    monkeypatch.setattr(benchmark, "measure", lambda *args: {})
+    for arm in ("base", "base-longer"):
+        benchmark.run_arm(arm, 0, args)
+    assert seen == [(0, 8), (8, 4), (12, 6), (0, 0), (0, 24), (24, 12), (36, 18), (0, 0)]
 
 
 def test_arms_that_differ_behind_the_iasm_share_its_first_part(tmp_path, monkeypatch, critique_sources):
