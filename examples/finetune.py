@@ -47,6 +47,7 @@ from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from transformers import AutoConfig, EarlyStoppingCallback, HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ase_mllm import ASEDataCollator, ASEForConditionalGeneration, ASEProcessor
@@ -124,7 +125,10 @@ def parse_arguments() -> tuple[ScriptArguments, TrainingArguments]:
 
 
 def load_model(args: ScriptArguments) -> ASEForConditionalGeneration:
-    """Continues an ASE checkpoint or grafts a base; the added modules are in float32, for small steps to count."""
+    """
+    Continues an ASE checkpoint or grafts a base; the added modules are in float32, for small steps to count. ZeRO-3 has
+    one dtype for all that is trained, and float32 copies of its own.
+    """
     if AutoConfig.from_pretrained(args.model).model_type == "ase":
         model = ASEForConditionalGeneration.from_pretrained(args.model, dtype=args.dtype)
     else:
@@ -132,8 +136,9 @@ def load_model(args: ScriptArguments) -> ASEForConditionalGeneration:
         model = ASEForConditionalGeneration.from_mllm_pretrained(
             args.model, iasm_config=iasm_config, fusion_layers=args.fusion_layers, dtype=args.dtype
         )
-    model.model.iasm.float()
-    model.model.fusions.float()
+    if not is_deepspeed_zero3_enabled():
+        model.model.iasm.float()
+        model.model.fusions.float()
     for name in ("score_loss_weight", "saliency_loss_weight", "aspect_loss_weight"):
         if (weight := getattr(args, name)) is not None:
             setattr(model.config.iasm_config, name, weight)
@@ -150,7 +155,8 @@ def prepare_stage(model: ASEForConditionalGeneration, args: ScriptArguments) -> 
     decoder = set(model.get_decoder().modules())
     linear = [name for name, part in model.named_modules() if part in decoder and isinstance(part, torch.nn.Linear)]
     sizes = {"r": args.lora_rank, "lora_alpha": args.lora_alpha}
-    return get_peft_model(model, LoraConfig(**sizes, target_modules=linear, modules_to_save=["iasm", "fusions"]))
+    config = LoraConfig(**sizes, target_modules=linear, modules_to_save=["iasm", "fusions"])
+    return get_peft_model(model, config, autocast_adapter_dtype=not is_deepspeed_zero3_enabled())
 
 
 # Training ------------------------------------------------------------------------------------------------------------
@@ -345,7 +351,8 @@ def save_result(trainer: CritiqueTrainer, processor: ASEProcessor, report: Repor
     if not trainer.is_world_process_zero():
         return
     if args.stage == "lora":
-        # loaded again, because the weights in training may lie in pieces on many devices
+        # loaded again, because the weights in training may lie in pieces on many devices; whole now, by this process
+        unset_hf_deepspeed_config()
         PeftModel.from_pretrained(load_model(args), out / "adapter").merge_and_unload().save_pretrained(out)
     processor.save_pretrained(out)
     write_card(trainer, report)

@@ -10,7 +10,7 @@ from families import FAMILIES, Family, text_inputs
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from ase_mllm import ASEForConditionalGeneration
-from ase_mllm.modeling_ase import SALIENCY_STRIDE
+from ase_mllm.modeling_ase import SALIENCY_STRIDE, find_image_encoder
 
 
 NEW_TOKENS = 4
@@ -66,6 +66,18 @@ def test_a_fresh_graft_is_the_base(case):
             greedy(case.fresh, inputs, num_beams=2)
     else:
         assert torch.equal(greedy(case.fresh, inputs, num_beams=2), beams)
+
+
+def test_the_encoder_is_found_where_its_weights_are_not(case):
+    """DeepSpeed's ZeRO-3 takes each parameter away as soon as it is made, and leaves an empty one that tells its shape."""
+    base = copy.deepcopy(case.base)
+    expected = find_image_encoder(base)
+    for parameter in base.parameters():
+        parameter.ds_shape, parameter.data = parameter.shape, parameter.data.new_empty(0)
+    found = find_image_encoder(base)
+    assert (
+        found.layers == expected.layers and found.hidden_sizes == expected.hidden_sizes and 0 not in found.hidden_sizes
+    )
 
 
 @torch.no_grad()

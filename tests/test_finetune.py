@@ -27,6 +27,7 @@ from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration, TrainerCallback
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, set_hf_deepspeed_config
 from transformers.modeling_outputs import ModelOutput
 from transformers.trainer import DEFAULT_CALLBACKS
 
@@ -515,8 +516,39 @@ def test_two_processes_train_as_one(config, drop, one_process, checkpoint, photo
     assert not moved(best, two)
 
 
+# DeepSpeed, which is not installed here ------------------------------------------------------------------------------
+
+
+class ZeRO3:
+    def is_zero3(self) -> bool:
+        return True
+
+
+@pytest.mark.filterwarnings(PEFT_ASKS)
+@pytest.mark.parametrize(("zero3", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_what_zero3_trains_has_one_dtype(base, zero3, dtype, monkeypatch):
+    """It keeps float32 copies itself, and refuses parameters of two dtypes."""
+    monkeypatch.setattr(finetune, "is_deepspeed_zero3_enabled", lambda: zero3)
+    args = finetune.ScriptArguments(str(base), "data", dtype="bfloat16", aspect_names=[])
+    model = finetune.prepare_stage(finetune.load_model(args), args)
+    assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {dtype}
+
+
+@pytest.mark.filterwarnings(PEFT_ASKS)
+def test_the_result_of_zero3_is_loaded_whole(checkpoint, photographs, tmp_path, monkeypatch):
+    """While a configuration of ZeRO-3 lives, models are loaded in pieces, by all processes together."""
+    config, train = ZeRO3(), finetune.CritiqueTrainer.train
+
+    def train_with_zero3(self, **kwargs):
+        train(self, **kwargs)
+        set_hf_deepspeed_config(config)
+
+    monkeypatch.setattr(finetune.CritiqueTrainer, "train", train_with_zero3)
+    run(checkpoint, photographs, tmp_path / "out", max_steps=1)
+    assert not is_deepspeed_zero3_enabled()
+
+
 def test_settings_for_deepspeed_are_those_that_accelerate_knows():
-    """It does not run here; one process can at least read it."""
     path = ROOT / "examples" / "accelerate" / "deepspeed_zero3.yaml"
     config = load_config_from_file(str(path))
     assert config.distributed_type == DistributedType.DEEPSPEED

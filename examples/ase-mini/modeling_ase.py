@@ -1037,7 +1037,9 @@ def _encoder_layers(encoder: nn.Module, found: str) -> list[nn.Module]:
     if not stacks:
         raise ValueError(f"{found} has no list of equal layers; looked for an `nn.ModuleList`.")
     # of two equally long ones (what embeds each stage, and the stages), the layers are the heavier
-    return max(stacks, key=lambda layers: (len(layers), sum(p.numel() for m in layers for p in m.parameters())))
+    return max(
+        stacks, key=lambda layers: (len(layers), sum(_shape(p).numel() for m in layers for p in m.parameters()))
+    )
 
 
 def _flatten(modules: nn.ModuleList) -> list[nn.Module]:
@@ -1049,9 +1051,14 @@ def _hidden_size(layer: nn.Module, found: str) -> int:
     # its own norms first: those of the attention may be of one head
     for module in (*layer.children(), *layer.modules()):
         weight = getattr(module, "weight", None)
-        if "Norm" in type(module).__name__ and weight is not None and weight.ndim == 1:
-            return len(weight)
+        if "Norm" in type(module).__name__ and weight is not None and len(_shape(weight)) == 1:
+            return _shape(weight)[0]
     raise ValueError(f"{found} has layers {type(layer).__name__} without a norm to read their width from.")
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    """Of the whole parameter: under DeepSpeed's ZeRO-3 what is left in its place is empty from the start."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def _last_visible_layer(config: PreTrainedConfig, num_layers: int) -> int:
