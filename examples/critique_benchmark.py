@@ -30,6 +30,7 @@ that module from the first of them. Needs the extra `evaluation`.
 """
 
 import argparse
+import hashlib
 import json
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -71,11 +72,12 @@ from ase_mllm.modeling_ase import (
 BUNDLE = Path(__file__).parent / "ase-mini"
 SALIENCY_SIZE = 128  # pixels that the new saliency branch sees; the base sees 192
 WEIGHTS = {"score_loss_weight": 5.0, "aspect_loss_weight": 3.0, "saliency_loss_weight": 1.0}
-ARMS = (
-    "base", "control", "ase", "base-longer", "control-untied", "fusion-first", "fusion-middle", "fusion-last", "queries-only",
-    "pooled-only", "no-score-loss", "no-aspect-loss", "mask", "no-contrast", "no-subject-photometry", "no-places",
+MAIN_ARMS = ("base", "control", "ase")
+ABLATIONS = (
+    "fusion-first", "fusion-middle", "fusion-last", "queries-only", "pooled-only", "no-score-loss", "no-aspect-loss", "mask",
+    "no-contrast", "no-subject-photometry", "no-places",
 )  # fmt: skip
-MAIN_ARMS = ARMS[:3]
+ARMS = (*MAIN_ARMS, "base-longer", "control-untied", *ABLATIONS)
 BASES = ("base", "base-longer")
 LONGER = 3
 FUSION_LAYERS = {"fusion-first": [0], "fusion-middle": [1], "fusion-last": [2]}
@@ -206,6 +208,11 @@ class Learner(nn.Module):
         aspects, scores = self.aspects(features), self.scores(features)
         loss = loss + WEIGHTS["aspect_loss_weight"] * aspect_loss(aspects, aspect_targets)
         return {"loss": loss + WEIGHTS["score_loss_weight"] * rating_loss(scores, rating_targets), "aspects": aspects}
+
+
+def base_checksum() -> str:
+    """Of the file that holds the base: runs of different bases do not belong in one table."""
+    return hashlib.sha256((BUNDLE / "model.safetensors").read_bytes()).hexdigest()
 
 
 def load_base() -> LlavaForConditionalGeneration:
@@ -471,6 +478,8 @@ def measure_maps(maps: list[torch.Tensor], truths: list[np.ndarray]) -> dict[str
 # Table ---------------------------------------------------------------------------------------------------------------
 
 ASPECTS = (*ASPECT_FAULTS, "subject sharpness")
+ALONE = ("CIDEr, wrong photo", "gates", "parameters, M", "training, s")  # a difference of these says nothing
+OF_ABLATIONS = ("accuracy", "placed", "elsewhere", *PLACED, "heads, placed", "CIDEr, composites", "map AUC")
 
 
 def figures_of(result: dict[str, Any]) -> dict[str, float]:
@@ -492,9 +501,10 @@ def figures_of(result: dict[str, Any]) -> dict[str, float]:
         "map AUC": saliency.get("AUC", float("nan")),
         "map NSS": saliency.get("NSS", float("nan")),
         "map CC": saliency.get("CC", float("nan")),
+        **{aspect: 100 * accuracy[aspect] for aspect in ASPECTS},
+        "gates": np.mean(np.abs(result["gates"])) if result["gates"] else float("nan"),
         "parameters, M": result["parameters"] / 1e6,
         "training, s": result["seconds of training"],
-        **{aspect: 100 * accuracy[aspect] for aspect in ASPECTS},
     }
 
 
@@ -511,33 +521,40 @@ def as_markdown(results: dict[tuple[str, int], dict], args: argparse.Namespace) 
     figures = {run: figures_of(result) for run, result in results.items()}
     names = list(next(iter(figures.values())))
 
-    def over_seeds(arm: str, name: str, other: str | None = None) -> list[float]:
+    def over_seeds(name: str, arm: str, other: str | None = None) -> str:
         seeds = [seed for seed in args.seeds if (arm, seed) in figures]
-        return [figures[arm, s][name] - (figures[other, s][name] if other else 0) for s in seeds]
+        return spread([figures[arm, s][name] - (figures[other, s][name] if other else 0) for s in seeds])
 
-    def row(*cells: str) -> str:
-        return "| " + " | ".join(cells) + " |"
+    def table(head: str, columns: list[str], rows: list[tuple[str, list[str]]]) -> list[str]:
+        lines = [[head, *columns], ["---"] * (1 + len(columns)), *([name, *cells] for name, cells in rows)]
+        return ["", *("| " + " | ".join(cells) + " |" for cells in lines)] if columns and rows else []
 
-    general, aspects = [name for name in names if name not in ASPECTS], list(ASPECTS)
-    lines = [row("arm", *general), row(*["---"] * (1 + len(general)))]
-    lines += [row(arm, *(spread(over_seeds(arm, name)) for name in general)) for arm in args.arms]
-    lines += ["", row("accuracy of captions", *args.arms), row(*["---"] * (1 + len(args.arms)))]
-    lines += [row(aspect, *(spread(over_seeds(arm, aspect)) for arm in args.arms)) for aspect in aspects]
-    others = [arm for arm in MAIN_ARMS if arm != "ase" and {arm, "ase"} <= set(args.arms)]
-    lines += ["", row("difference", *(f"ase - {arm}" for arm in others)), row(*["---"] * (1 + len(others)))]
-    compared = ["accuracy", "placed", "elsewhere", "CIDEr", "CIDEr, composites", *aspects]
-    lines += [row(name, *(spread(over_seeds("ase", name, arm)) for arm in others)) for name in compared]
-    biases = [r["saliency"]["centre bias AUC"] for r in results.values() if r["saliency"]]
+    shown = [arm for arm in args.arms if arm not in ABLATIONS]
+    others = [arm for arm in shown if arm != "ase"] if "ase" in args.arms else []
+    ablations = [arm for arm in args.arms if arm in ABLATIONS] if "ase" in args.arms else []
+    lines = table("figure", shown, [(name, [over_seeds(name, arm) for arm in shown]) for name in names])
+    differences = [name for name in names if name not in ALONE]
+    rows = [(name, [over_seeds(name, "ase", arm) for arm in others]) for name in differences]
+    lines += table("difference", [f"ase - {arm}" for arm in others], rows)
+    rows = [(arm, [over_seeds(name, arm, "ase") for name in OF_ABLATIONS]) for arm in ablations]
+    lines += table("ablation - ase", list(OF_ABLATIONS), rows)
+    return "\n".join([about(results, args), *lines])
+
+
+def about(results: dict[tuple[str, int], dict], args: argparse.Namespace) -> str:
+    """What the figures of the tables are, and what was run for them."""
     seeds = f"Seeds {', '.join(map(str, args.seeds))}"
     if args.ablation_seeds:
         seeds += f" (arms other than {', '.join(MAIN_ARMS)}: the first {args.ablation_seeds})"
-    about = (
-        f"{seeds}; {args.warm_up} + {args.vision_samples} + {args.samples} samples of {args.pictures} pictures; "
-        f"tested on {args.test_pictures}. Balanced accuracy in points, mean ± standard deviation over seeds; `placed` is "
-        f"the mean of {', '.join(PLACED)}, `elsewhere` of the other aspects; `heads` are those on the image features, "
-        "`IASM` its own. CIDEr and BLEU-4 against one reference, the caption of the truth in the same fixed form."
+    biases = [result["saliency"]["centre bias AUC"] for result in results.values() if result["saliency"]]
+    return (
+        f"{seeds}; {args.warm_up} + {args.vision_samples} + {args.samples} samples of {args.pictures} pictures; tested on "
+        f"{args.test_pictures}. The base is the LLaVA in the weights of SHA-256 {base_checksum()[:12]}. Balanced accuracy "
+        "in points, mean ± standard deviation over seeds: `accuracy`, and each aspect, of what captions say, `placed` the "
+        f"mean of {', '.join(PLACED)}, `elsewhere` of the other aspects; `heads` on the image features; `IASM` its own. "
+        "CIDEr and BLEU-4 against one reference, the caption of the truth in the same fixed form. `gates`: mean size of "
+        "their tanh." + f" Centre bias: map AUC {np.mean(biases):.3f}." * bool(biases)
     )
-    return "\n".join([about + f" Centre bias: map AUC {np.mean(biases):.3f}." * bool(biases), "", *lines])
 
 
 def record(path: Path, table: str) -> None:
@@ -550,6 +567,7 @@ def check_settings(args: argparse.Namespace, parser: argparse.ArgumentParser) ->
     """Finished runs only stand beside runs of the same settings."""
     names = ("pictures", "test_pictures", "warm_up", "vision_samples", "samples", "batch_size", "learning_rate")
     settings, path = {name: getattr(args, name) for name in names}, args.work / "settings.json"
+    settings["base"] = base_checksum()
     if path.exists() and (before := json.loads(path.read_text(encoding="utf-8"))) != settings:
         parser.error(f"{args.work} holds runs of other settings ({before}): give another --work")
     path.write_text(json.dumps(settings), encoding="utf-8")

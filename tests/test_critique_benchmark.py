@@ -177,6 +177,7 @@ def test_it_runs_small_and_does_not_run_twice(tmp_path, monkeypatch, critique_so
     text = log.read_text()
     assert text.startswith("before") and text.endswith("after\n") and "old" not in text
     assert "| placement | " in text and "| difference | ase - base |" in text and " ± " in text
+    assert benchmark.base_checksum()[:12] in text and "ablation" not in text
     kept = json.loads((tmp_path / "work" / "ase-1.json").read_text())
     assert len(kept["gates"]) == 3 and any(kept["gates"]) and kept["saliency"]["AUC"] > 0
 
@@ -188,6 +189,35 @@ def test_it_runs_small_and_does_not_run_twice(tmp_path, monkeypatch, critique_so
     with pytest.raises(SystemExit):
         benchmark.main()
     assert "other settings" in capsys.readouterr().err
+
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(benchmark, "base_checksum", lambda: "another")
+    with pytest.raises(SystemExit):
+        benchmark.main()
+    assert "other settings" in capsys.readouterr().err
+
+
+def test_differences_are_those_of_the_same_seed():
+    def result(accuracy: float, saliency: bool) -> dict:
+        text = dict.fromkeys(("CIDEr", "BLEU-4"), 0.5)
+        maps = dict.fromkeys(("AUC", "NSS", "CC", "centre bias AUC"), 0.75) if saliency else None
+        accuracies = dict.fromkeys(benchmark.ASPECTS, accuracy)
+        return {
+            **{"accuracy": accuracies, "accuracy of the heads": accuracies, "text": text, "text, composites": text},
+            **{"accuracy of the IASM": None, "wrong photo": text, "saliency": maps, "gates": [0.5, -0.25] * saliency},
+            **{"parameters": 5e6, "seconds of training": 100},
+        }
+
+    values = {"base": (0.25, 0.5), "ase": (0.5, 0.75), "mask": (0.5, 0.5)}
+    results = {(arm, s): result(both[s], arm != "base") for arm, both in values.items() for s in (0, 1)}
+    names = ("warm_up", "vision_samples", "samples", "pictures", "test_pictures")
+    args = argparse.Namespace(arms=list(values), seeds=[0, 1], ablation_seeds=None, **dict.fromkeys(names, 8))
+    about, main, differences, ablations = benchmark.as_markdown(results, args).split("\n\n")
+    assert "Seeds 0, 1; 8 + 8 + 8 samples" in about and "map AUC 0.750" in about
+    assert "| figure | base | ase |" in main and "| accuracy | 37.5 ± 17.7 | 62.5 ± 17.7 |" in main
+    assert "| map AUC | - | 0.750 ± 0.000 |" in main and "| gates | - | 0.375 ± 0.000 |" in main
+    assert "| difference | ase - base |" in differences and "| noise | 25.0 ± 0.0 |" in differences
+    assert ablations.splitlines()[2].startswith("| mask | -12.5 ± 17.7 | -12.5 ± 17.7 |")
 
 
 def test_a_longer_base_sees_three_times_as_many_samples(tmp_path, monkeypatch):
