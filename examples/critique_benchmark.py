@@ -19,13 +19,14 @@ those of the critique generator, tested on held-out photographs and cut-outs. Wh
     control-untied  the same, and its tokens pool the picture everywhere instead of under that map
     ase             ASE: the map is supervised, and the tokens are tied to it
     fusion-*        ASE with one fusion layer: the first, the middle or the last
-    queries-only    ASE whose tokens are the learned queries alone; pooled-only: those of the map alone
+    all-tokens      ASE whose evidence goes to the encoder and the heads beside its queries; pooled-only: the evidence of
+                    the map in place of the queries
     no-score-loss   ASE without ratings; no-aspect-loss: without aspects for the IASM (control is the one without map)
     mask            ASE whose map multiplies the patches, in place of the cross-attention
     no-contrast     ASE whose map is made without the maps of what differs; no-subject-photometry: whose geometry token
                     does not measure the subject's light and detail; no-places: whose queries do not know places
 
-Finished runs are kept in `--work` and not run again; arms that differ from `ase` behind its saliency module only take
+Finished runs are kept in `--work`, and with `--record FILE.md` in FILE.json, and not run again; arms that differ from `ase` behind its saliency module only take
 that module from the first of them. Needs the extra `evaluation`.
 """
 
@@ -74,7 +75,7 @@ SALIENCY_SIZE = 128  # pixels that the new saliency branch sees; the base sees 1
 WEIGHTS = {"score_loss_weight": 5.0, "aspect_loss_weight": 3.0, "saliency_loss_weight": 1.0}
 MAIN_ARMS = ("base", "control", "ase")
 ABLATIONS = (
-    "fusion-first", "fusion-middle", "fusion-last", "queries-only", "pooled-only", "no-score-loss", "no-aspect-loss", "mask",
+    "fusion-first", "fusion-middle", "fusion-last", "all-tokens", "pooled-only", "no-score-loss", "no-aspect-loss", "mask",
     "no-contrast", "no-subject-photometry", "no-places",
 )  # fmt: skip
 ARMS = (*MAIN_ARMS, "base-longer", "control-untied", *ABLATIONS)
@@ -88,7 +89,7 @@ ADDED_LOSSES = {
     "no-aspect-loss": {"aspect_loss_weight": 0.0},
 }
 SAME_IASM = ("ase", "fusion-first", "fusion-middle", "fusion-last", "mask")  # before the first part ends
-TOKENS = {"queries-only": slice(6, None), "pooled-only": slice(0, 4)}
+TOKENS = {"all-tokens": slice(None), "pooled-only": slice(0, 4)}
 QUICK = {
     "arms": MAIN_ARMS,
     "seeds": [0],
@@ -254,9 +255,9 @@ def graft(arm: str, base: LlavaForConditionalGeneration, processor: ASEProcessor
     )
     iasm = model.model.iasm
     if arm == "control-untied":
-        change_tokens(iasm, saliency_maps=lambda maps: torch.full_like(maps, 1 / maps[0].numel()))
+        untie_tokens(iasm)
     if arm in TOKENS:
-        change_tokens(iasm, keep=TOKENS[arm])
+        give_tokens(iasm, TOKENS[arm])
     if arm == "no-contrast":
         silence(iasm.map_pyramid.photometry, slice(iasm.num_maps, None), dim=1)
     if arm == "no-subject-photometry":
@@ -271,17 +272,31 @@ def graft(arm: str, base: LlavaForConditionalGeneration, processor: ASEProcessor
     return model
 
 
-def change_tokens(
-    iasm: ImageAestheticSaliencyModule, saliency_maps: Callable = lambda maps: maps, keep: slice = slice(None)
-) -> None:
-    """Tokens made from other maps, or zeros in place of all tokens but those to keep."""
-    make_tokens = iasm.make_tokens
+def untie_tokens(iasm: ImageAestheticSaliencyModule) -> None:
+    """Evidence of the whole picture, whatever the map."""
+    gather_evidence = iasm.gather_evidence
 
     def changed(features: torch.Tensor, maps: torch.Tensor, *photometry: torch.Tensor) -> torch.Tensor:
-        tokens = make_tokens(features, saliency_maps(maps), *photometry)
-        kept = torch.zeros(tokens.shape[1], 1)
-        kept[keep] = 1
-        return tokens * kept
+        return gather_evidence(features, torch.full_like(maps, 1 / maps[0].numel()), *photometry)
+
+    iasm.gather_evidence = changed
+
+
+def give_tokens(iasm: ImageAestheticSaliencyModule, kept: slice) -> None:
+    """Others of evidence and queries, as they leave the last layer, for the encoder and for heads of that size."""
+    make_tokens = iasm.make_tokens
+    number = len(range(len(iasm.token_types))[kept])
+    for name in ("score_head", "aspect_head"):
+        head = nn.Linear(number * iasm.config.hidden_size, getattr(iasm, name).out_features)
+        iasm._init_weights(head)
+        setattr(iasm, name, head)
+
+    def changed(*args: torch.Tensor) -> torch.Tensor:
+        seen = []
+        hook = iasm.layers[-1].register_forward_hook(lambda module, inputs, output: seen.append(output))
+        make_tokens(*args)
+        hook.remove()
+        return iasm.norm(seen[0][:, kept])
 
     iasm.make_tokens = changed
 
@@ -477,16 +492,24 @@ def measure_maps(maps: list[torch.Tensor], truths: list[np.ndarray]) -> dict[str
 
 # Table ---------------------------------------------------------------------------------------------------------------
 
+Figures = dict[tuple[str, int], dict[str, float]]  # of each arm and seed
 ASPECTS = (*ASPECT_FAULTS, "subject sharpness")
-ALONE = ("CIDEr, wrong photo", "gates", "parameters, M", "training, s")  # a difference of these says nothing
+ALONE = (
+    "CIDEr, wrong photo",
+    "map AUC, centre bias",
+    "gates",
+    "parameters, M",
+    "training, s",
+)  # a difference of these says nothing
+FRACTIONS = ("CIDEr", "BLEU", "map", "gates")  # the others are points, millions or seconds
 OF_ABLATIONS = ("accuracy", "placed", "elsewhere", *PLACED, "heads, placed", "CIDEr, composites", "map AUC")
 
 
 def figures_of(result: dict[str, Any]) -> dict[str, float]:
-    """The figures of one run that the tables show; accuracies in points."""
+    """The figures of one run that the tables show, without those that it cannot have; accuracies in points."""
     accuracy, heads = result["accuracy"], result["accuracy of the heads"]
     iasm, saliency = result["accuracy of the IASM"] or dict.fromkeys(heads, float("nan")), result["saliency"] or {}
-    return {
+    figures = {
         "accuracy": 100 * np.mean([accuracy[aspect] for aspect in ASPECT_FAULTS]),
         "placed": 100 * np.mean([accuracy[aspect] for aspect in PLACED]),
         "elsewhere": 100 * np.mean([accuracy[aspect] for aspect in ASPECT_FAULTS if aspect not in PLACED]),
@@ -501,76 +524,93 @@ def figures_of(result: dict[str, Any]) -> dict[str, float]:
         "map AUC": saliency.get("AUC", float("nan")),
         "map NSS": saliency.get("NSS", float("nan")),
         "map CC": saliency.get("CC", float("nan")),
+        "map AUC, centre bias": saliency.get("centre bias AUC", float("nan")),
         **{aspect: 100 * accuracy[aspect] for aspect in ASPECTS},
         "gates": np.mean(np.abs(result["gates"])) if result["gates"] else float("nan"),
         "parameters, M": result["parameters"] / 1e6,
         "training, s": result["seconds of training"],
     }
+    return {name: float(value) for name, value in figures.items() if not np.isnan(value)}
 
 
-def spread(values: list[float]) -> str:
-    if np.isnan(values).any():
+def spread(values: list[float], digits: int) -> str:
+    if not values:
         return "-"
-    digits = 1 if np.max(np.abs(values)) >= 3 else 3
     deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
     return f"{np.mean(values):.{digits}f}{deviation}"
 
 
-def as_markdown(results: dict[tuple[str, int], dict], args: argparse.Namespace) -> str:
+def as_markdown(figures: Figures, settings: dict[str, Any]) -> str:
     """Mean ± standard deviation over seeds; differences are those of the same seed."""
-    figures = {run: figures_of(result) for run, result in results.items()}
-    names = list(next(iter(figures.values())))
+    arms = [arm for arm in ARMS if any(one == arm for one, _ in figures)]
+    seeds = sorted({seed for _, seed in figures})
 
     def over_seeds(name: str, arm: str, other: str | None = None) -> str:
-        seeds = [seed for seed in args.seeds if (arm, seed) in figures]
-        return spread([figures[arm, s][name] - (figures[other, s][name] if other else 0) for s in seeds])
+        pairs = [(figures.get((arm, s), {}), figures.get((other, s), {}) if other else {name: 0.0}) for s in seeds]
+        values = [one[name] - less[name] for one, less in pairs if name in one and name in less]
+        return spread(values, 3 if name.startswith(FRACTIONS) else 1)
 
     def table(head: str, columns: list[str], rows: list[tuple[str, list[str]]]) -> list[str]:
         lines = [[head, *columns], ["---"] * (1 + len(columns)), *([name, *cells] for name, cells in rows)]
         return ["", *("| " + " | ".join(cells) + " |" for cells in lines)] if columns and rows else []
 
-    shown = [arm for arm in args.arms if arm not in ABLATIONS]
-    others = [arm for arm in shown if arm != "ase"] if "ase" in args.arms else []
-    ablations = [arm for arm in args.arms if arm in ABLATIONS] if "ase" in args.arms else []
+    names = list(max(figures.values(), key=len))
+    shown = [arm for arm in arms if arm not in ABLATIONS]
+    others = [arm for arm in shown if arm != "ase"] if "ase" in arms else []
+    ablations = [arm for arm in arms if arm in ABLATIONS] if "ase" in arms else []
     lines = table("figure", shown, [(name, [over_seeds(name, arm) for arm in shown]) for name in names])
-    differences = [name for name in names if name not in ALONE]
-    rows = [(name, [over_seeds(name, "ase", arm) for arm in others]) for name in differences]
+    rows = [(name, [over_seeds(name, "ase", arm) for arm in others]) for name in names if name not in ALONE]
     lines += table("difference", [f"ase - {arm}" for arm in others], rows)
     rows = [(arm, [over_seeds(name, arm, "ase") for name in OF_ABLATIONS]) for arm in ablations]
     lines += table("ablation - ase", list(OF_ABLATIONS), rows)
-    return "\n".join([about(results, args), *lines])
+    return "\n".join([about(figures, seeds, settings), *lines])
 
 
-def about(results: dict[tuple[str, int], dict], args: argparse.Namespace) -> str:
+def about(figures: Figures, seeds: list[int], settings: dict[str, Any]) -> str:
     """What the figures of the tables are, and what was run for them."""
-    seeds = f"Seeds {', '.join(map(str, args.seeds))}"
-    if args.ablation_seeds:
-        seeds += f" (arms other than {', '.join(MAIN_ARMS)}: the first {args.ablation_seeds})"
-    biases = [result["saliency"]["centre bias AUC"] for result in results.values() if result["saliency"]]
+    fewer = {arm: [seed for seed in seeds if (arm, seed) in figures] for arm, _ in figures}
+    fewer = "; ".join(f"{arm} {', '.join(map(str, own))}" for arm, own in fewer.items() if own != seeds)
     return (
-        f"{seeds}; {args.warm_up} + {args.vision_samples} + {args.samples} samples of {args.pictures} pictures; tested on "
-        f"{args.test_pictures}. The base is the LLaVA in the weights of SHA-256 {base_checksum()[:12]}. Balanced accuracy "
-        "in points, mean ± standard deviation over seeds: `accuracy`, and each aspect, of what captions say, `placed` the "
-        f"mean of {', '.join(PLACED)}, `elsewhere` of the other aspects; `heads` on the image features; `IASM` its own. "
-        "CIDEr and BLEU-4 against one reference, the caption of the truth in the same fixed form. `gates`: mean size of "
-        "their tanh." + f" Centre bias: map AUC {np.mean(biases):.3f}." * bool(biases)
+        f"Seeds {', '.join(map(str, seeds))}{f' ({fewer})' if fewer else ''}; {settings['warm_up']} + "
+        f"{settings['vision_samples']} + {settings['samples']} samples of {settings['pictures']} pictures; tested on "
+        f"{settings['test_pictures']}. The base is the LLaVA in the weights of SHA-256 {settings['base'][:12]}. Balanced "
+        "accuracy in points, mean ± standard deviation over seeds: `accuracy`, and each aspect, of what captions say, "
+        f"`placed` the mean of {', '.join(PLACED)}, `elsewhere` of the other aspects; `heads` on the image features; "
+        "`IASM` its own. CIDEr and BLEU-4 against one reference, the caption of the truth in the same fixed form. "
+        "`gates`: mean size of their tanh."
     )
 
 
-def record(path: Path, table: str) -> None:
+def read_record(path: Path, settings: dict[str, Any]) -> Figures:
+    """What was recorded beside the table `path`; a record of other settings is replaced, so nothing of it."""
+    path = path.with_suffix(".json")
+    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"settings": None}
+    if record["settings"] != settings:
+        return {}
+    return {(arm, int(seed)): figures for arm, runs in record["arms"].items() for seed, figures in runs.items()}
+
+
+def write_record(path: Path, table: str, figures: Figures, settings: dict[str, Any]) -> None:
+    """The table between the marks of `path`, and the figures of every run beside it, to which more can be added."""
     begin, end = "<!-- benchmark: begin -->", "<!-- benchmark: end -->"
     before, rest = path.read_text(encoding="utf-8").split(begin)
     path.write_text(f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}", encoding="utf-8")
+    arms = {}
+    for (arm, seed), values in sorted(figures.items()):
+        arms.setdefault(arm, {})[seed] = values
+    record = json.dumps({"settings": settings, "arms": arms}, indent=1)
+    path.with_suffix(".json").write_text(record + "\n", encoding="utf-8")
 
 
-def check_settings(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Finished runs only stand beside runs of the same settings."""
+def check_settings(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """Finished runs only stand beside runs of the same settings, which it returns."""
     names = ("pictures", "test_pictures", "warm_up", "vision_samples", "samples", "batch_size", "learning_rate")
     settings, path = {name: getattr(args, name) for name in names}, args.work / "settings.json"
     settings["base"] = base_checksum()
     if path.exists() and (before := json.loads(path.read_text(encoding="utf-8"))) != settings:
         parser.error(f"{args.work} holds runs of other settings ({before}): give another --work")
     path.write_text(json.dumps(settings), encoding="utf-8")
+    return settings
 
 
 def main() -> None:
@@ -584,14 +624,16 @@ def main() -> None:
     parser.add_argument("--test-pictures", type=int, default=800)
     parser.add_argument("--warm-up", type=int, default=8000, help="samples that train the saliency branch alone")
     parser.add_argument("--vision-samples", type=int, default=4000, help="samples without captions after that")
-    parser.add_argument("--samples", type=int, default=8000, help="samples end to end with captions after that")
+    parser.add_argument("--samples", type=int, default=4000, help="samples end to end with captions after that")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--quick", action="store_true", help="the main arms, one seed, few samples")
     parser.add_argument("--sources", type=Path, help="folder with the photographs and cut-outs")
     parser.add_argument("--work", type=Path, default=Path("runs/critique-benchmark"))
-    parser.add_argument("--record", type=Path, help="write the table between the marks of this file")
+    parser.add_argument(
+        "--record", type=Path, help="keep the table between the marks of this file, all runs beside it"
+    )
     args = parser.parse_args()
     if args.quick:
         parser.set_defaults(**QUICK)
@@ -599,7 +641,8 @@ def main() -> None:
 
     # Data
     args.work.mkdir(parents=True, exist_ok=True)
-    check_settings(args, parser)
+    settings = check_settings(args, parser)
+    figures = read_record(args.record, settings) if args.record else {}
     for split, number in (("train", args.pictures), ("test", args.test_pictures)):
         if not (args.work / f"{split}.safetensors").exists():
             make_pictures(split, number, args.work, args.sources)
@@ -607,14 +650,16 @@ def main() -> None:
     # Run
     fewer = args.seeds[: args.ablation_seeds]
     runs = [(arm, seed) for seed in args.seeds for arm in args.arms if arm in MAIN_ARMS or seed in fewer]
+    runs = [run for run in runs if run not in figures]
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         side_by_side = pool.map if args.jobs > 1 else map
-        results = dict(zip(runs, side_by_side(run_arm, *zip(*runs), [args] * len(runs))))
-    table = as_markdown(results, args)
+        results = side_by_side(run_arm, [arm for arm, _ in runs], [seed for _, seed in runs], [args] * len(runs))
+        figures |= {run: figures_of(result) for run, result in zip(runs, results)}
+    table = as_markdown(figures, settings)
     print(table)
     (args.work / "table.md").write_text(table, encoding="utf-8")
     if args.record:
-        record(args.record, table)
+        write_record(args.record, table, figures, settings)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ Stages (each starts from what the one before left in `--work`):
     joint     the whole model end to end with all loss terms; on two cores faster with
               `torchrun --nproc-per-node 2 examples/train_ase_mini.py --stage joint`
     plain     captions in one fixed form, with the saliency module as it is: text learns from them what features mean
-    critique  captions again, weaker faults and more subjects, with the saliency module as it is
+    critique  captions again, weaker faults and more subjects, with the saliency module as it is; slowly, or the text
+              forgets what it has learned to read
 """
 
 import argparse
@@ -42,8 +43,8 @@ from ase_mllm import ASEDataCollator, ASEForConditionalGeneration, ASEProcessor,
 BUNDLE = Path(__file__).parent / "ase-mini"
 IMAGE_SIZE, PATCH_SIZE = 192, 32
 STAGES = ("iasm", "language", "joint", "plain", "critique")
-SAMPLES = {"iasm": 64_000, "language": 16_000, "joint": 76_000, "plain": 16_000, "critique": 24_000}
-LEARNING_RATES = {"iasm": 1.5e-3, "language": 1e-3, "joint": 1e-3, "plain": 8e-4, "critique": 5e-4}
+SAMPLES = {"iasm": 64_000, "language": 16_000, "joint": 76_000, "plain": 16_000, "critique": 32_000}
+LEARNING_RATES = {"iasm": 1.5e-3, "language": 1e-3, "joint": 1e-3, "plain": 8e-4, "critique": 3e-4}
 OPTIONS = {"critique": {"strength": (1.0, 1.6), "composite_share": 0.6}}
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}{% for item in message['content'] %}"

@@ -24,7 +24,7 @@ def tiny_iasm(**kwargs) -> ImageAestheticSaliencyModule:
         ({"hidden_size": 10, "num_attention_heads": 3}, r"`hidden_size` \(10\) .* `num_attention_heads` \(3\)"),
         ({"hidden_size": 0}, "`hidden_size` must be at least 4, got 0"),
         ({"num_attention_heads": 0}, "`num_attention_heads` must be at least 1, got 0"),
-        ({"num_hidden_layers": -1}, "`num_hidden_layers` must be at least 0, got -1"),
+        ({"num_hidden_layers": 0}, "`num_hidden_layers` must be at least 1, got 0"),
         ({"num_queries": 0}, "`num_queries` must be at least 1, got 0"),
         ({"num_aspects": -2}, "`num_aspects` must be at least 0, got -2"),
         ({"num_aspects": 2, "aspect_names": ["flat"]}, "`aspect_names` has 1 names for `num_aspects=2`"),
@@ -96,16 +96,16 @@ def test_normalisation_is_undone_by_the_configured_numbers(name):
 
 def test_hidden_size_and_num_queries_shape_the_tokens():
     pixels = make_inputs()["pixel_values"]
-    assert tiny_iasm(hidden_size=16, num_queries=3)(pixels).saliency_tokens.shape == (2, 6 + 3, 16)
-    assert tiny_iasm(hidden_size=32, num_queries=1)(pixels).saliency_tokens.shape == (2, 6 + 1, 32)
+    assert tiny_iasm(hidden_size=16, num_queries=3)(pixels).saliency_tokens.shape == (2, 3, 16)
+    assert tiny_iasm(hidden_size=32, num_queries=1)(pixels).saliency_tokens.shape == (2, 1, 32)
 
 
 def test_num_hidden_layers_are_run():
     pixels = make_inputs()["pixel_values"]
-    two, none = tiny_iasm(num_hidden_layers=2), tiny_iasm(num_hidden_layers=0)
-    none.load_state_dict(two.state_dict(), strict=False)  # all but the layers
+    two, one = tiny_iasm(num_hidden_layers=2), tiny_iasm(num_hidden_layers=1)
+    one.load_state_dict(two.state_dict(), strict=False)  # all but the second layer
     assert len(two.layers) == 2
-    assert not torch.allclose(two(pixels).saliency_tokens, none(pixels).saliency_tokens, atol=1e-3)
+    assert not torch.allclose(two(pixels).saliency_tokens, one(pixels).saliency_tokens, atol=1e-3)
 
 
 @pytest.mark.parametrize("config_name", ["iasm", "fusion"])

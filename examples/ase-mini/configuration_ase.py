@@ -55,9 +55,9 @@ class IASMConfig(_SavedWithCode):
         hidden_size:
             Width of the saliency tokens.
         num_queries:
-            Learned aspect queries (colour, light, composition, ...), one token each.
+            Learned aspect queries (colour, light, composition, ...), one saliency token each.
         num_hidden_layers, num_attention_heads:
-            Transformer layers that let the tokens exchange what they found.
+            Transformer layers in which the queries read the evidence, at least one.
         num_aspects, aspect_names:
             Size and names of the multi-label aspect head; 0 leaves it out.
         score_loss_weight, saliency_loss_weight, aspect_loss_weight:
@@ -104,8 +104,8 @@ class IASMConfig(_SavedWithCode):
     def validate_architecture(self):
         """Part of `@strict`: refuses sizes that do not fit each other."""
         _check_at_least(self, 4, "hidden_size")
-        _check_at_least(self, 1, "num_queries", "num_attention_heads")
-        _check_at_least(self, 0, "num_hidden_layers", "num_aspects")
+        _check_at_least(self, 1, "num_queries", "num_hidden_layers", "num_attention_heads")
+        _check_at_least(self, 0, "num_aspects")
         _check_at_least(self, 0, "score_loss_weight", "saliency_loss_weight", "aspect_loss_weight")
         if self.image_size < 32 or self.image_size % 32:
             raise ValueError(f"`image_size` must be a positive multiple of 32, got {self.image_size}.")

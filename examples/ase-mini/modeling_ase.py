@@ -51,7 +51,7 @@ class IASMOutput(ModelOutput):
 
     Args:
         loss: Weighted sum of the terms below whose targets were given.
-        saliency_tokens: `(n, num_tokens, hidden_size)`, what the encoder's patches attend to.
+        saliency_tokens: `(n, num_queries, hidden_size)`, what the encoder's patches attend to.
         saliency_maps: `(n, h, w)`, probabilities over positions: each map sums to 1.
         saliency_map_sizes: `(n, 2)`, height and width of each map where they differ, else `None`; the maps are then
             padded with zeros on the right and below.
@@ -443,9 +443,10 @@ class ImageAestheticSaliencyModule(ASEPreTrainedModel):
 
     A multi-scale backbone and photometric maps give two pyramids at stride 8, one for the saliency map and one for the
     tokens, so that supervising the map does not bend the features that judge sharpness. What differs from the rest of
-    the picture is measured, for the map alone. The tokens are: features pooled under the map, around it and everywhere;
-    the map's place and extent with the photometry of what it covers and of the rest; the photometry of the whole;
-    learned queries.
+    the picture is measured, for the map alone. The evidence is: features pooled under the map, around it and everywhere;
+    the map's place and extent with the photometry of what it covers and of the rest; the photometry of the whole. Learned
+    queries read it and the picture, and they alone are the saliency tokens and what scores and aspects are read from: a
+    cross-attention that does not yet choose between tokens would dilute what only one of them knows.
     """
 
     config: IASMConfig
@@ -460,6 +461,7 @@ class ImageAestheticSaliencyModule(ASEPreTrainedModel):
     num_statistics = 115
     num_geometry = 24
     num_subject_statistics = 50
+    num_evidence = 6
 
     def __init__(self, config: IASMConfig):
         super().__init__(config)
@@ -482,12 +484,11 @@ class ImageAestheticSaliencyModule(ASEPreTrainedModel):
         self.places = nn.Conv2d(5, size, 1)
         self.query_norm = nn.LayerNorm(size)
         self.query_attention = SaliencyAttention(config, size, size, size, config.num_attention_heads)
-        num_tokens = 6 + config.num_queries
-        self.token_types = nn.Parameter(torch.empty(num_tokens, size))
+        self.token_types = nn.Parameter(torch.empty(self.num_evidence + config.num_queries, size))
         self.layers = nn.ModuleList([SaliencyTokenLayer(config) for _ in range(config.num_hidden_layers)])
         self.norm = nn.LayerNorm(size)
-        self.score_head = nn.Linear(num_tokens * size, 10)
-        self.aspect_head = nn.Linear(num_tokens * size, config.num_aspects) if config.num_aspects else None
+        self.score_head = nn.Linear(config.num_queries * size, 10)
+        self.aspect_head = nn.Linear(config.num_queries * size, config.num_aspects) if config.num_aspects else None
         self.post_init()
 
     def to_rgb(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -512,32 +513,35 @@ class ImageAestheticSaliencyModule(ASEPreTrainedModel):
         logits = self.map_head(torch.cat([features, places], dim=1))
         return logits.float().flatten(1).softmax(-1).view(len(logits), *logits.shape[-2:])
 
-    def make_tokens(
+    def gather_evidence(
         self, features: torch.Tensor, saliency_maps: torch.Tensor, maps: torch.Tensor, statistics: torch.Tensor
     ) -> torch.Tensor:
-        """Saliency tokens `(n, t, hidden_size)`: subject, ground, whole, geometry, photometry (two), queries."""
+        """What the map and photometry say, `(n, 6, hidden_size)`: subject, ground, whole, geometry, photometry (two)."""
         dtype = features.dtype
         inside, around = _inside_and_around(saliency_maps)
         whole = torch.full_like(inside, 1 / inside.shape[1])
         pools = torch.stack([inside, around, whole], dim=1).to(dtype)
         subject = [_map_geometry(saliency_maps), subject_statistics(saliency_maps, maps.float())]
-        cells = features.flatten(2).transpose(1, 2)  # (n, h * w, size)
-        coarse = F.avg_pool2d(features, 2)
-        coarse = (coarse + self.places(_places(coarse))).flatten(2).transpose(1, 2)
-        queries = self.queries.expand(len(features), -1, -1).to(dtype)
-        tokens = torch.cat(
+        return torch.cat(
             [
-                pools @ cells,
+                pools @ features.flatten(2).transpose(1, 2),  # (n, 3, h * w) by (n, h * w, size)
                 self.geometry(torch.cat(subject, dim=1).to(dtype)).unsqueeze(1),
                 self.photometry(statistics.to(dtype)).unflatten(1, (2, -1)),
-                queries + self.query_attention(queries, self.query_norm(coarse)),
             ],
             dim=1,
         )
-        tokens = tokens + self.token_types.to(dtype)
+
+    def make_tokens(self, features: torch.Tensor, evidence: torch.Tensor) -> torch.Tensor:
+        """Saliency tokens `(n, num_queries, hidden_size)`: queries that have read the picture and the evidence."""
+        dtype = features.dtype
+        coarse = F.avg_pool2d(features, 2)
+        coarse = (coarse + self.places(_places(coarse))).flatten(2).transpose(1, 2)
+        queries = self.queries.expand(len(features), -1, -1).to(dtype)
+        queries = queries + self.query_attention(queries, self.query_norm(coarse))
+        tokens = torch.cat([evidence, queries], dim=1) + self.token_types.to(dtype)
         for layer in self.layers:
             tokens = layer(tokens)
-        return self.norm(tokens)
+        return self.norm(tokens[:, self.num_evidence :])
 
     def analyse(self, pixels: torch.Tensor) -> IASMOutput:
         """Tokens, map and scores of images of one size, as `to_rgb` gives them."""
@@ -548,13 +552,13 @@ class ImageAestheticSaliencyModule(ASEPreTrainedModel):
         dtype = self.token_types.dtype
         feature_maps = self.backbone(((pixels - 0.5) * 4).to(dtype)).feature_maps
         saliency_maps = self.predict_map(feature_maps, maps)
-        tokens = self.make_tokens(self.pyramid(feature_maps, maps.to(dtype)), saliency_maps, maps, statistics)
-        evidence = tokens.flatten(1)
+        features = self.pyramid(feature_maps, maps.to(dtype))
+        tokens = self.make_tokens(features, self.gather_evidence(features, saliency_maps, maps, statistics))
         return IASMOutput(
             saliency_tokens=tokens,
             saliency_maps=saliency_maps,
-            score_logits=self.score_head(evidence),
-            aspect_logits=self.aspect_head(evidence) if self.aspect_head is not None else None,
+            score_logits=self.score_head(tokens.flatten(1)),
+            aspect_logits=self.aspect_head(tokens.flatten(1)) if self.aspect_head is not None else None,
         )
 
     def analyse_sizes(self, images: list[torch.Tensor]) -> IASMOutput:
