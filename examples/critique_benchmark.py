@@ -26,8 +26,8 @@ those of the critique generator, tested on held-out photographs and cut-outs. Wh
     no-contrast     ASE whose map is made without the maps of what differs; no-subject-photometry: whose geometry token
                     does not measure the subject's light and detail; no-places: whose queries do not know places
 
-Finished runs are kept in `--work`, and with `--record FILE.md` in FILE.json, and not run again; arms that differ from `ase` behind its saliency module only take
-that module from the first of them. Needs the extra `evaluation`.
+Finished runs are kept in `--work`, and with `--record FILE.md` in FILE.json, and not run again; arms that differ from
+`ase` behind its saliency module only take that module from the first of them. Needs the extra `evaluation`.
 """
 
 import argparse
@@ -494,13 +494,8 @@ def measure_maps(maps: list[torch.Tensor], truths: list[np.ndarray]) -> dict[str
 
 Figures = dict[tuple[str, int], dict[str, float]]  # of each arm and seed
 ASPECTS = (*ASPECT_FAULTS, "subject sharpness")
-ALONE = (
-    "CIDEr, wrong photo",
-    "map AUC, centre bias",
-    "gates",
-    "parameters, M",
-    "training, s",
-)  # a difference of these says nothing
+# a difference of these says nothing
+ALONE = ("CIDEr, wrong photo", "map AUC, centre bias", "gates", "parameters, M", "training, s")
 FRACTIONS = ("CIDEr", "BLEU", "map", "gates")  # the others are points, millions or seconds
 OF_ABLATIONS = ("accuracy", "placed", "elsewhere", *PLACED, "heads, placed", "CIDEr, composites", "map AUC")
 
