@@ -638,14 +638,14 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     settings = check_settings(args, parser)
     figures = read_record(args.record, settings) if args.record else {}
-    for split, number in (("train", args.pictures), ("test", args.test_pictures)):
-        if not (args.work / f"{split}.safetensors").exists():
-            make_pictures(split, number, args.work, args.sources)
-
-    # Run
     fewer = args.seeds[: args.ablation_seeds]
     runs = [(arm, seed) for seed in args.seeds for arm in args.arms if arm in MAIN_ARMS or seed in fewer]
     runs = [run for run in runs if run not in figures]
+    for split, number in (("train", args.pictures), ("test", args.test_pictures)):
+        if runs and not (args.work / f"{split}.safetensors").exists():
+            make_pictures(split, number, args.work, args.sources)
+
+    # Run
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         side_by_side = pool.map if args.jobs > 1 else map
         results = side_by_side(run_arm, [arm for arm, _ in runs], [seed for _, seed in runs], [args] * len(runs))
