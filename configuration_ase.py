@@ -151,7 +151,14 @@ class ASEConfig(_SavedWithCode):
 
     model_type = "ase"
     # what evaluation does not gather over batches: images may be of other sizes in each
-    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states", "saliency_maps", "saliency_map_sizes"]
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "cache",
+        "image_hidden_states",
+        "image_outputs",
+        "saliency_maps",
+        "saliency_map_sizes",
+    ]
     sub_configs_defaults = {
         "mllm_config": SubConfigSpec(config_class=AutoConfig, model_type="llava"),
         "iasm_config": SubConfigSpec(config_class=IASMConfig),

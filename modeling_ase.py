@@ -40,6 +40,8 @@ from .configuration_ase import ASEConfig, IASMConfig
 
 TARGETS = ("rating_targets", "saliency_targets", "aspect_targets", "caption_weights")
 SALIENCY_OUTPUTS = ("saliency_maps", "saliency_map_sizes", "score_logits", "aspect_logits")
+LOSS_TERMS = ("caption_loss", "score_loss", "saliency_loss", "aspect_loss")
+CACHE_NAMES = ("past_key_values", "cache")  # before transformers 5.24 and since
 TILES_HINT = "; where the base's processor cuts images into tiles, each tile is one: let it leave them whole"
 SALIENCY_STRIDE = 8  # pixels of the IASM's input per position of the saliency map
 
@@ -66,57 +68,6 @@ class IASMOutput(ModelOutput):
     saliency_map_sizes: torch.Tensor | None = None
     score_logits: torch.Tensor | None = None
     aspect_logits: torch.Tensor | None = None
-    score_loss: torch.Tensor | None = None
-    saliency_loss: torch.Tensor | None = None
-    aspect_loss: torch.Tensor | None = None
-
-
-@dataclass
-class ASEModelOutputWithPast(ModelOutput):
-    r"""
-    Output of `ASEModel`: the language model's hidden states and what the IASM saw.
-
-    Args:
-        last_hidden_state: `(batch, sequence, hidden_size)`.
-        image_hidden_states: The projected image features, in the base's form.
-        saliency_maps, saliency_map_sizes, score_logits, aspect_logits: See `IASMOutput`; `None` without an image.
-    """
-
-    last_hidden_state: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    image_hidden_states: Any = None
-    saliency_maps: torch.Tensor | None = None
-    saliency_map_sizes: torch.Tensor | None = None
-    score_logits: torch.Tensor | None = None
-    aspect_logits: torch.Tensor | None = None
-
-
-@dataclass
-class ASECausalLMOutputWithPast(ModelOutput):
-    r"""
-    Output of `ASEForConditionalGeneration`.
-
-    Args:
-        loss: `caption_loss` plus the weighted saliency terms whose targets were given.
-        logits: `(batch, sequence, vocab_size)`.
-        image_hidden_states: The projected image features, in the base's form.
-        saliency_maps, saliency_map_sizes, score_logits, aspect_logits: See `IASMOutput`; `None` without an image.
-        caption_loss, score_loss, saliency_loss, aspect_loss: The unweighted terms of `loss`.
-    """
-
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    image_hidden_states: Any = None
-    saliency_maps: torch.Tensor | None = None
-    saliency_map_sizes: torch.Tensor | None = None
-    score_logits: torch.Tensor | None = None
-    aspect_logits: torch.Tensor | None = None
-    caption_loss: torch.Tensor | None = None
     score_loss: torch.Tensor | None = None
     saliency_loss: torch.Tensor | None = None
     aspect_loss: torch.Tensor | None = None
@@ -384,7 +335,6 @@ class ASEPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _skip_keys_device_placement = ["past_key_values"]
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -1178,6 +1128,7 @@ class ASEModel(ASEPreTrainedModel):
         config.mllm_config = mllm.config
         self.mllm = mllm
         self.input_modalities = mllm.input_modalities
+        self._cache_name = next((name for name in CACHE_NAMES if name in _argument_names(mllm)), CACHE_NAMES[-1])
         encoder = find_image_encoder(mllm)
         config.fusion_layers = _resolve_fusion_layers(config.fusion_layers, encoder)
         self.iasm = ImageAestheticSaliencyModule(config.iasm_config)
@@ -1280,7 +1231,7 @@ class ASEModel(ASEPreTrainedModel):
         features, saliency = self._call_with_saliency(
             self.mllm.base_model.get_image_features, pixel_values=pixel_values, **{**kwargs, "return_dict": True}
         )
-        return _with_saliency(features, saliency)
+        return _add_fields(features, saliency)
 
     def _call_with_saliency(
         self, function: Callable, *args: Any, **kwargs: Any
@@ -1304,12 +1255,11 @@ class ASEModel(ASEPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> ASEModelOutputWithPast:
-        """Arguments are the base's own; those left `None` are not passed on."""
+    ) -> ModelOutput:
+        """Arguments and outputs are the base's own, and `SALIENCY_OUTPUTS` beside; what is `None` is not passed on."""
         # a base would swallow them, and whoever computes the loss outside would never know
         if targets := sorted(_given(**{name: kwargs.get(name) for name in TARGETS})):
             raise ValueError(f"{targets} need `ASEForConditionalGeneration.forward`: the body computes no loss.")
@@ -1318,12 +1268,12 @@ class ASEModel(ASEPreTrainedModel):
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
         )
-        outputs, saliency = self._call_with_saliency(self.mllm.base_model, **given, **{**kwargs, "return_dict": True})
-        return ASEModelOutputWithPast(**_known_fields(ASEModelOutputWithPast, outputs), **saliency)
+        given |= {**_name_cache(kwargs, self._cache_name), "return_dict": True}
+        outputs, saliency = self._call_with_saliency(self.mllm.base_model, **given)
+        return _add_fields(outputs, saliency)
 
 
 def _given(**kwargs: Any) -> dict[str, Any]:
@@ -1335,33 +1285,48 @@ def _saliency_outputs(outputs: ModelOutput | None) -> dict[str, torch.Tensor]:
     return {name: outputs[name] for name in SALIENCY_OUTPUTS if outputs is not None and name in outputs}
 
 
-def _with_saliency(features: ModelOutput, saliency: dict[str, torch.Tensor]) -> ModelOutput:
-    """A base's image features with what the IASM said beside them."""
-    return _features_class(type(features))(**features, **saliency)
+def _name_cache(kwargs: dict[str, Any], name: str) -> dict[str, Any]:
+    """Gives a cache in `kwargs` the `name` that the base's `forward` has for it."""
+    return {name if key in CACHE_NAMES else key: value for key, value in kwargs.items()}
+
+
+def _add_fields(outputs: ModelOutput, fields: dict[str, torch.Tensor]) -> ModelOutput:
+    """A base's output with what the IASM said, and the terms of the loss, beside its own fields."""
+    return _output_class(type(outputs))(**outputs, **fields)
+
+
+@torch.compiler.assume_constant_result  # a compiled forward takes the class as it is, and does not trace its making
+def _output_class(base: type[ModelOutput]) -> type[ModelOutput]:
+    return _make_output_class(base)
 
 
 @cache
-def _features_class(output_class: type[ModelOutput]) -> type[ModelOutput]:
-    """A base's output with fields for the IASM: what takes outputs apart (pytrees) makes them again from fields alone."""
+def _make_output_class(base: type[ModelOutput]) -> type[ModelOutput]:
+    """A base's output class with fields of ours: what takes outputs apart (pytrees) makes them again from fields alone."""
+    added = (*SALIENCY_OUTPUTS, *LOSS_TERMS)
 
     def reduce(self: ModelOutput) -> tuple:  # pickle finds no class that was made here
         values = dict(self)
-        saliency = {name: values.pop(name) for name in SALIENCY_OUTPUTS if name in values}
-        return _with_saliency, (output_class(**values), saliency)
+        fields = {name: values.pop(name) for name in added if name in values}
+        return _add_fields, (base(**values), fields)
 
-    fields = [(name, torch.Tensor | None, None) for name in SALIENCY_OUTPUTS]
-    return make_dataclass(
-        f"ASE{output_class.__name__}", fields, bases=(output_class,), namespace={"__reduce__": reduce}
-    )
+    namespace = {"__reduce__": reduce}
+    if "past_key_values" in base.__dataclass_fields__:  # the name that lasts, where transformers has not got it yet
+        namespace["cache"] = property(lambda self: self.past_key_values)
+    if "image_hidden_states" in base.__dataclass_fields__:
+        namespace["image_outputs"] = property(_image_outputs)
+    fields = [(name, torch.Tensor | None, None) for name in added]
+    return make_dataclass(f"ASE{base.__name__}", fields, bases=(base,), namespace=namespace)
+
+
+def _image_outputs(outputs: ModelOutput) -> BaseModelOutputWithPooling | None:
+    features = outputs.image_hidden_states
+    return None if features is None else BaseModelOutputWithPooling(pooler_output=features)
 
 
 def _set_fields(outputs: ModelOutput, fields: dict[str, torch.Tensor]):
     for name, value in fields.items():
         outputs[name] = value
-
-
-def _known_fields(output_class: type[ModelOutput], outputs: ModelOutput) -> dict[str, Any]:
-    return {name: value for name, value in outputs.items() if name in output_class.__dataclass_fields__}
 
 
 class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
@@ -1496,7 +1461,6 @@ class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor | None = None,
@@ -1507,9 +1471,13 @@ class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
         caption_weights: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> ASECausalLMOutputWithPast:
+    ) -> ModelOutput:
         r"""
         Arguments are the base's own (those left `None` are not passed on) and the targets of the saliency terms.
+
+        Returns the base's own output with `saliency_maps`, `saliency_map_sizes`, `score_logits` and `aspect_logits` beside
+        (see `IASMOutput`; `None` without an image), and the unweighted terms of `loss`: `caption_loss`, `score_loss`,
+        `saliency_loss`, `aspect_loss`.
 
         Args:
             labels: `(batch, sequence)`, token ids, -100 where nothing is learned.
@@ -1522,15 +1490,15 @@ class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
             labels=labels if caption_weights is None else None,
             num_items_in_batch=num_items_in_batch if labels is not None else None,
             logits_to_keep=logits_to_keep,
         )
-        outputs, saliency = self.model._call_with_saliency(self.model.mllm, **given, **{**kwargs, "return_dict": True})
-        result = ASECausalLMOutputWithPast(**_known_fields(ASECausalLMOutputWithPast, outputs), **saliency)
+        given |= {**_name_cache(kwargs, self.model._cache_name), "return_dict": True}
+        outputs, saliency = self.model._call_with_saliency(self.model.mllm, **given)
+        result = _add_fields(outputs, saliency)
         if labels is not None:
             if caption_weights is not None:
                 shift_labels = kwargs.get("shift_labels")
@@ -1543,7 +1511,7 @@ class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
 
     def _add_saliency_losses(
         self,
-        result: ASECausalLMOutputWithPast,
+        result: ModelOutput,
         rating_targets: torch.Tensor | None,
         saliency_targets: torch.Tensor | None,
         aspect_targets: torch.Tensor | None,
@@ -1582,7 +1550,7 @@ class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
         )
         features = (prepared.get("mm_encoder_outputs") or {}).get("image")  # not there for videos alone
         if saliency and features is not None:
-            prepared["mm_encoder_outputs"]["image"] = _with_saliency(features, saliency)
+            prepared["mm_encoder_outputs"]["image"] = _add_fields(features, saliency)
         return prepared
 
     def _prepare_model_inputs(self, *args, **kwargs) -> tuple[torch.Tensor, str | None, dict[str, torch.Tensor]]:

@@ -224,7 +224,7 @@ def prefill(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> Callable
 def decode(model: PreTrainedModel, inputs: dict[str, torch.Tensor], tokens: int = 8) -> Callable[[], None]:
     """Tokens after the prefill, from a cache that is cut back each time."""
     with torch.no_grad():
-        cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
+        cache = model(**inputs, use_cache=True, logits_to_keep=1).cache
     length = cache.get_seq_length()
     mask = torch.ones(1, length + tokens)
 
@@ -234,7 +234,7 @@ def decode(model: PreTrainedModel, inputs: dict[str, torch.Tensor], tokens: int 
             model(
                 input_ids=torch.ones(1, 1, dtype=torch.long),
                 attention_mask=mask[:, : length + i + 1],
-                past_key_values=cache,
+                cache=cache,
             )
         cache.crop(-tokens)
 

@@ -198,14 +198,14 @@ class Learner(nn.Module):
         maps = {"saliency_targets": saliency_targets}
         if inputs.get("input_ids") is not None:
             outputs = self.mllm(pixel_values=pixel_values, **inputs, **(targets | maps if added else {}))
-            loss, features = outputs.loss, outputs.image_hidden_states
+            loss, features = outputs.loss, outputs.image_outputs.pooler_output
         else:
             model = self.mllm if added else self.mllm.model
             outputs = model.get_image_features(pixel_values=pixel_values, return_dict=True)
-            loss, features = 0.0, torch.cat(list(outputs.pooler_output))
+            loss, features = 0.0, outputs.pooler_output
             if added:
                 loss = saliency_losses(self.mllm.config.iasm_config, outputs, **targets, **maps)["loss"]
-        features = self.norm(features.reshape(len(pixel_values), -1))
+        features = self.norm(torch.cat(list(features)).reshape(len(pixel_values), -1))
         aspects, scores = self.aspects(features), self.scores(features)
         loss = loss + WEIGHTS["aspect_loss_weight"] * aspect_loss(aspects, aspect_targets)
         return {"loss": loss + WEIGHTS["score_loss_weight"] * rating_loss(scores, rating_targets), "aspects": aspects}

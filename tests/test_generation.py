@@ -292,7 +292,7 @@ def first_turn(model: PreTrainedModel, inputs: Inputs) -> tuple[Inputs, DynamicC
         **inputs, **length, do_sample=False, suppress_tokens=WORDS_ONLY, return_dict_in_generate=True
     )
     written = output.sequences[:, inputs["input_ids"].shape[1] :]
-    return join(inputs, {"input_ids": written, "attention_mask": torch.ones_like(written)}), output.past_key_values
+    return join(inputs, {"input_ids": written, "attention_mask": torch.ones_like(written)}), output.cache
 
 
 def test_a_second_turn_sees_the_picture_of_the_first(family, model):
@@ -301,7 +301,7 @@ def test_a_second_turn_sees_the_picture_of_the_first(family, model):
     second = join(said, {"input_ids": question, "attention_mask": torch.ones_like(question)})
     expected = decode(model, second)
     model.model.iasm.register_forward_pre_hook(lambda *args: pytest.fail("the pictures were looked at again"))
-    assert_same(decode(model, without_images(second), past_key_values=cache), expected)
+    assert_same(decode(model, without_images(second), cache=cache), expected)
 
 
 def test_a_second_turn_may_bring_its_own_picture(family, model):
@@ -312,7 +312,7 @@ def test_a_second_turn_may_bring_its_own_picture(family, model):
     second = join(said, new)
     looked_at = []
     model.model.iasm.register_forward_hook(lambda module, args, output: looked_at.append(len(output.saliency_maps)))
-    result = decode(model, {**new, **without_images(second)}, past_key_values=cache)
+    result = decode(model, {**new, **without_images(second)}, cache=cache)
     assert looked_at == [1]
     assert_same(result, decode(model, second))
 
@@ -320,11 +320,11 @@ def test_a_second_turn_may_bring_its_own_picture(family, model):
 def test_one_picture_in_a_cache_serves_several_questions(family, model):
     seen = prompt(family)
     with torch.no_grad():
-        cache = model(**seen, use_cache=True).past_key_values
+        cache = model(**seen, use_cache=True).cache
     results = []
     for question in (text(40, 41), text(50, 51, 52)):
         whole = join(seen, question)
-        results.append(decode(model, without_images(whole), past_key_values=copy.deepcopy(cache)))
+        results.append(decode(model, without_images(whole), cache=copy.deepcopy(cache)))
         assert_same(results[-1], decode(model, whole))
     assert not torch.equal(results[0][0], results[1][0])
 
@@ -356,10 +356,10 @@ def test_a_fresh_graft_returns_the_records_of_its_base(family, base, model, num_
         outputs.append(one.generate(**inputs, **RECORDS, num_beams=num_beams, do_sample=False, max_new_tokens=4))
     expected, result = outputs
     assert type(result) is type(expected) and list(result) == list(expected)
-    for name in set(expected) - {"past_key_values"}:
+    for name in set(expected) - {"cache"}:
         pairs = list(zip(tensors(result[name]), tensors(expected[name]), strict=True))
         assert pairs and all(torch.equal(*pair) for pair in pairs), name
-    layers = zip(result.past_key_values.layers, expected.past_key_values.layers, strict=True)
+    layers = zip(result.cache.layers, expected.cache.layers, strict=True)
     assert all(torch.equal(ours.keys, theirs.keys) for ours, theirs in layers)
 
 
