@@ -3,12 +3,12 @@
 The paper publishes no sizes; every default below is this project's own choice.
 """
 
+import math
 from os import PathLike
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
@@ -25,6 +25,14 @@ MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["ase"] = "ASEForConditionalGeneration
 MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES["ase"] = "ASEForConditionalGeneration"
 
 
+DEFAULT_BACKBONE = {
+    "model_type": "convnextv2",
+    "hidden_sizes": [32, 64, 128, 192],
+    "depths": [1, 1, 2, 1],
+    "out_features": ["stage1", "stage2", "stage3", "stage4"],
+}
+
+
 class _SavedWithCode(PreTrainedConfig):
     """A configuration whose folder also loads where this package is not installed, with `trust_remote_code=True`."""
 
@@ -37,6 +45,13 @@ class _SavedWithCode(PreTrainedConfig):
             for auto, part in self._auto_classes().items()
         }
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        # each part as it would save itself: without its defaults and the path that it was loaded from
+        parts = {name: getattr(self, name).to_diff_dict() for name in self.sub_configs}
+        for part in parts.values():
+            part.pop("transformers_version", None)
+        return {**super().to_diff_dict(), **parts}
 
 
 @strict
@@ -69,34 +84,26 @@ class IASMConfig(_SavedWithCode):
 
     model_type = "ase_iasm"
     base_config_key = "iasm_config"
-    sub_configs_defaults = {
-        "backbone_config": SubConfigSpec(
-            config_class=AutoConfig,
-            model_type="convnextv2",
-            init_kwargs={
-                "hidden_sizes": [32, 64, 128, 192],
-                "depths": [1, 1, 2, 1],
-                "out_features": ["stage1", "stage2", "stage3", "stage4"],
-            },
-        )
-    }
+    sub_configs = {"backbone_config": AutoConfig}
 
     backbone_config: dict | PreTrainedConfig | None = None
     image_size: int = 256
-    image_mean: float | list[float] | tuple[float, ...] = tuple(OPENAI_CLIP_MEAN)
-    image_std: float | list[float] | tuple[float, ...] = tuple(OPENAI_CLIP_STD)
+    # whole numbers too: published processors have [0, 0, 0] and [1, 1, 1]
+    image_mean: float | int | list[float | int] | tuple[float | int, ...] = tuple(OPENAI_CLIP_MEAN)
+    image_std: float | int | list[float | int] | tuple[float | int, ...] = tuple(OPENAI_CLIP_STD)
     hidden_size: int = 192
     num_queries: int = 8
     num_hidden_layers: int = 2
     num_attention_heads: int = 6
     num_aspects: int = 0
     aspect_names: list[str] | tuple[str, ...] | None = None
-    score_loss_weight: float = 1.0
-    saliency_loss_weight: float = 1.0
-    aspect_loss_weight: float = 1.0
+    score_loss_weight: float | int = 1.0
+    saliency_loss_weight: float | int = 1.0
+    aspect_loss_weight: float | int = 1.0
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
+        self.backbone_config = _part_config("backbone_config", self.backbone_config, DEFAULT_BACKBONE)
         super().__post_init__(**kwargs)
         if self.aspect_names is not None and self.num_aspects == 0:
             self.num_aspects = len(self.aspect_names)
@@ -114,11 +121,11 @@ class IASMConfig(_SavedWithCode):
                 f"`hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads` "
                 f"({self.num_attention_heads})."
             )
-        mean, std = ([one] * 3 if isinstance(one, float) else one for one in (self.image_mean, self.image_std))
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        mean, std = (one if isinstance(one, (list, tuple)) else [one] * 3 for one in (self.image_mean, self.image_std))
+        if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
             raise ValueError(
-                "`image_mean` and `image_std` take three numbers each, or one for all colours, the standard deviations "
-                f"above 0; got {self.image_mean} and {self.image_std}."
+                "`image_mean` and `image_std` take three numbers each, or one for all colours, all finite and the "
+                f"standard deviations above 0; got {self.image_mean} and {self.image_std}."
             )
         if self.aspect_names is not None and len(self.aspect_names) != self.num_aspects:
             raise ValueError(
@@ -150,19 +157,7 @@ class ASEConfig(_SavedWithCode):
     """
 
     model_type = "ase"
-    # what evaluation does not gather over batches: images may be of other sizes in each
-    keys_to_ignore_at_inference = [
-        "past_key_values",
-        "cache",
-        "image_hidden_states",
-        "image_outputs",
-        "saliency_maps",
-        "saliency_map_sizes",
-    ]
-    sub_configs_defaults = {
-        "mllm_config": SubConfigSpec(config_class=AutoConfig, model_type="llava"),
-        "iasm_config": SubConfigSpec(config_class=IASMConfig),
-    }
+    sub_configs = {"mllm_config": AutoConfig, "iasm_config": IASMConfig}
 
     mllm_config: dict | PreTrainedConfig | None = None
     iasm_config: dict | PreTrainedConfig | None = None
@@ -173,8 +168,12 @@ class ASEConfig(_SavedWithCode):
     def __post_init__(self, **kwargs):
         # NOTE: building a composite sets the attention of all its parts to None. A live base would then run with another
         # mask, so its choices are kept unless the caller names one.
+        kwargs.pop("text_config", None)  # see `to_dict`
         live = isinstance(self.mllm_config, PreTrainedConfig) and kwargs.get("attn_implementation") is None
         kept = [(config, _implementations(config)) for config in _tree(self.mllm_config)] if live else []
+        self.mllm_config = _part_config("mllm_config", self.mllm_config, {"model_type": "llava"})
+        if not isinstance(self.iasm_config, PreTrainedConfig):
+            self.iasm_config = IASMConfig(**(self.iasm_config or {}))
         super().__post_init__(**kwargs)
         for config, implementations in kept:
             config.__dict__.update(implementations)
@@ -214,7 +213,16 @@ class ASEConfig(_SavedWithCode):
                 f"This is the configuration of a `{model_type}` model, not of an `{cls.model_type}` model. To give a base "
                 "model the saliency branch, load it with `ASEForConditionalGeneration.from_mllm_pretrained`."
             )
+        if not config_dict.get("mllm_config"):
+            raise ValueError("This configuration names no base model: its `mllm_config` is missing or empty.")
         return super().from_dict(config_dict, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        # PEFT takes sizes for prompts and prefixes from a `text_config` here; in files the base's is enough
+        return {**super().to_dict(), "text_config": self.text_config.to_dict()}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in super().to_diff_dict().items() if name != "text_config"}
 
     def _auto_classes(self) -> dict[str, type]:
         from .modeling_ase import ASEForConditionalGeneration, ASEModel
@@ -227,6 +235,12 @@ class ASEConfig(_SavedWithCode):
             "AutoModelForMultimodalLM": ASEForConditionalGeneration,
             "AutoProcessor": ASEProcessor,
         }
+
+    @property
+    def keys_to_ignore_at_inference(self) -> list[str]:
+        """What evaluation does not gather over batches: the base's names, and what has other sizes in each."""
+        own = ["past_key_values", "cache", "image_hidden_states", "image_outputs", "saliency_maps", "saliency_map_sizes"]
+        return list(dict.fromkeys([*self.mllm_config.keys_to_ignore_at_inference, *own]))
 
     def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
         return self.mllm_config.get_text_config(*args, **kwargs)
@@ -244,14 +258,29 @@ class ASEConfig(_SavedWithCode):
         return self.mllm_config.image_token_id
 
     @property
+    def image_token_index(self) -> int:
+        return self.mllm_config.image_token_index
+
+    @property
     def video_token_id(self) -> int:
         return self.mllm_config.video_token_id
 
 
 def _check_at_least(config: PreTrainedConfig, least: int, *names: str):
     for name in names:
-        if getattr(config, name) < least:
-            raise ValueError(f"`{name}` must be at least {least}, got {getattr(config, name)}.")
+        value = getattr(config, name)
+        if not math.isfinite(value) or value < least:
+            raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+
+
+def _part_config(name: str, config: dict | PreTrainedConfig | None, default: dict[str, Any]) -> PreTrainedConfig:
+    """The configuration of a part of any type, from its fields; `None` is the default."""
+    if isinstance(config, PreTrainedConfig):
+        return config
+    fields = dict(default if config is None else config)
+    if "model_type" not in fields:
+        raise ValueError(f"`{name}` has no `model_type` that says which model it is of; it names {sorted(fields)}.")
+    return AutoConfig.for_model(**fields)
 
 
 def _tree(config: PreTrainedConfig) -> list[PreTrainedConfig]:
