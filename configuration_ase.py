@@ -239,7 +239,14 @@ class ASEConfig(_SavedWithCode):
     @property
     def keys_to_ignore_at_inference(self) -> list[str]:
         """What evaluation does not gather over batches: the base's names, and what has other sizes in each."""
-        own = ["past_key_values", "cache", "image_hidden_states", "image_outputs", "saliency_maps", "saliency_map_sizes"]
+        own = [
+            "past_key_values",
+            "cache",
+            "image_hidden_states",
+            "image_outputs",
+            "saliency_maps",
+            "saliency_map_sizes",
+        ]
         return list(dict.fromkeys([*self.mllm_config.keys_to_ignore_at_inference, *own]))
 
     def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:

@@ -10,9 +10,10 @@ import threading
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, make_dataclass
-from functools import cache, partial
+from functools import cache, partial, wraps
 from itertools import pairwise
 from os import PathLike
+from types import MethodType
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from transformers import (
     MODEL_FOR_BACKBONE_MAPPING,
     AutoBackbone,
     AutoModelForImageTextToText,
+    GenerationConfig,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
@@ -1099,7 +1101,7 @@ class _EncoderCall:
 
 
 # What runs in this thread, so that two threads never see each other's images: the `encoder_call`, and the
-# `collected_outputs` of whoever wants to know what the IASM says. NOTE: `torch.compile` traces this and no `ContextVar`,
+# `collectors` of whoever wants to know what the IASM says. NOTE: `torch.compile` traces this and no `ContextVar`,
 # and of a subclass with defaults it would read the defaults.
 _running = threading.local()
 
@@ -1128,7 +1130,7 @@ class ASEModel(ASEPreTrainedModel):
         config.mllm_config = mllm.config
         self.mllm = mllm
         self.input_modalities = mllm.input_modalities
-        self._cache_name = next((name for name in CACHE_NAMES if name in _argument_names(mllm)), CACHE_NAMES[-1])
+        self.forward = _signed_as(self.forward, mllm.base_model.forward)
         encoder = find_image_encoder(mllm)
         config.fusion_layers = _resolve_fusion_layers(config.fusion_layers, encoder)
         self.iasm = ImageAestheticSaliencyModule(config.iasm_config)
@@ -1163,8 +1165,9 @@ class ASEModel(ASEPreTrainedModel):
         images = reader(encoder, given.pop(arguments[0]), **given)
         call = _EncoderCall(encoder, self.iasm(images.pixels), images.lengths)
         _running.encoder_call = call
-        if (collected := getattr(_running, "collected_outputs", None)) is not None:
-            collected.append(call.outputs)
+        for model, collected in getattr(_running, "collectors", ()):
+            if model is self:  # and not the assistant that writes a draft meanwhile
+                collected.append(call.outputs)
 
     def _end_encoder_call(self, encoder: nn.Module, args: tuple, output: Any):
         call = getattr(_running, "encoder_call", None)
@@ -1187,6 +1190,16 @@ class ASEModel(ASEPreTrainedModel):
     @property
     def language_model(self) -> nn.Module:
         return self.mllm.get_decoder()
+
+    # Servers that hold the body alone look for these; as properties they are only there where the base has them.
+
+    @property
+    def get_rope_index(self) -> Callable:
+        return self.mllm.base_model.get_rope_index
+
+    @property
+    def get_video_features(self) -> Callable:
+        return self.mllm.base_model.get_video_features
 
     @property
     def vision_tower(self) -> nn.Module:
@@ -1238,12 +1251,12 @@ class ASEModel(ASEPreTrainedModel):
     ) -> tuple[ModelOutput, dict[str, torch.Tensor]]:
         """Calls the base and returns its output with what the IASM said meanwhile, or before if features are given."""
         collected = []
-        outer = getattr(_running, "collected_outputs", None)
-        _running.collected_outputs = collected
+        outer = getattr(_running, "collectors", ())
+        _running.collectors = (*outer, (self, collected))
         try:
             outputs = function(*args, **kwargs)
         finally:
-            _running.collected_outputs = outer
+            _running.collectors = outer
         if collected:
             return outputs, _saliency_outputs(_join_outputs(collected))
         return outputs, _saliency_outputs((kwargs.get("mm_encoder_outputs") or {}).get("image"))
@@ -1271,7 +1284,7 @@ class ASEModel(ASEPreTrainedModel):
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
         )
-        given |= {**_name_cache(kwargs, self._cache_name), "return_dict": True}
+        given |= {**kwargs, "return_dict": True}
         outputs, saliency = self._call_with_saliency(self.mllm.base_model, **given)
         return _add_fields(outputs, saliency)
 
@@ -1281,33 +1294,54 @@ def _given(**kwargs: Any) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if value is not None}
 
 
-def _saliency_outputs(outputs: ModelOutput | None) -> dict[str, torch.Tensor]:
-    return {name: outputs[name] for name in SALIENCY_OUTPUTS if outputs is not None and name in outputs}
+def _saliency_outputs(outputs: ModelOutput | None) -> dict[str, torch.Tensor | None]:
+    return {name: None if outputs is None else outputs.get(name) for name in SALIENCY_OUTPUTS}
 
 
-def _name_cache(kwargs: dict[str, Any], name: str) -> dict[str, Any]:
-    """Gives a cache in `kwargs` the `name` that the base's `forward` has for it."""
-    return {name if key in CACHE_NAMES else key: value for key, value in kwargs.items()}
+def _signed_as(method: MethodType, base: Callable) -> MethodType:
+    """
+    The method with the signature of the base's: clients keep only the inputs that they find there (grids, sizes, masks).
+
+    It takes arguments by position in the base's order, and a cache under either of its names.
+    """
+    function = method.__func__
+    own, theirs = inspect.signature(function).parameters, inspect.signature(base).parameters
+    kinds = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    shared = [parameter for parameter in theirs.values() if parameter.kind not in kinds]
+    names = [parameter.name for parameter in shared]
+    rename = {old: new for old, new in (CACHE_NAMES, CACHE_NAMES[::-1]) if new in names and old not in names}
+    self, *mine = [parameter for name, parameter in own.items() if name not in names and parameter.kind not in kinds]
+    mine = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in mine]
+    rest = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
+
+    # NOTE: without `__wrapped__`, by which accelerate would take the function for one of its own wrappings
+    @wraps(function, updated=())
+    def signed(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        kwargs = {rename.get(name, name): value for name, value in kwargs.items()}
+        return function(self, **dict(zip(names, args)), **kwargs)
+
+    del signed.__wrapped__
+    signed.__signature__ = inspect.Signature([self, *shared, *mine, rest])
+    return MethodType(signed, method.__self__)
 
 
-def _add_fields(outputs: ModelOutput, fields: dict[str, torch.Tensor]) -> ModelOutput:
+def _add_fields(outputs: ModelOutput, fields: dict[str, torch.Tensor | None]) -> ModelOutput:
     """A base's output with what the IASM said, and the terms of the loss, beside its own fields."""
-    return _output_class(type(outputs))(**outputs, **fields)
+    return _output_class(type(outputs), tuple(fields))(**outputs, **fields)
 
 
 @torch.compiler.assume_constant_result  # a compiled forward takes the class as it is, and does not trace its making
-def _output_class(base: type[ModelOutput]) -> type[ModelOutput]:
-    return _make_output_class(base)
+def _output_class(base: type[ModelOutput], added: tuple[str, ...]) -> type[ModelOutput]:
+    return _make_output_class(base, added)
 
 
 @cache
-def _make_output_class(base: type[ModelOutput]) -> type[ModelOutput]:
+def _make_output_class(base: type[ModelOutput], added: tuple[str, ...]) -> type[ModelOutput]:
     """A base's output class with fields of ours: what takes outputs apart (pytrees) makes them again from fields alone."""
-    added = (*SALIENCY_OUTPUTS, *LOSS_TERMS)
 
     def reduce(self: ModelOutput) -> tuple:  # pickle finds no class that was made here
         values = dict(self)
-        fields = {name: values.pop(name) for name in added if name in values}
+        fields = {name: values.pop(name, None) for name in added}
         return _add_fields, (base(**values), fields)
 
     namespace = {"__reduce__": reduce}
@@ -1336,7 +1370,12 @@ class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = ASEModel(config, mllm)
         self.input_modalities = self.model.input_modalities
-        self._is_stateful = self.model.mllm._is_stateful  # such caches cannot be cut back, as assisted decoding does
+        mllm = self.model.mllm
+        self.forward = _signed_as(self.forward, mllm.forward)
+        self.prepare_inputs_for_generation = _signed_as(
+            self.prepare_inputs_for_generation, mllm.prepare_inputs_for_generation
+        )
+        self._is_stateful = mllm._is_stateful  # such caches cannot be cut back, as assisted decoding does
         self.post_init()
 
     @classmethod
@@ -1496,9 +1535,9 @@ class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
             num_items_in_batch=num_items_in_batch if labels is not None else None,
             logits_to_keep=logits_to_keep,
         )
-        given |= {**_name_cache(kwargs, self.model._cache_name), "return_dict": True}
+        given |= {**kwargs, "return_dict": True}
         outputs, saliency = self.model._call_with_saliency(self.model.mllm, **given)
-        result = _add_fields(outputs, saliency)
+        result = _add_fields(outputs, {**saliency, **dict.fromkeys(LOSS_TERMS)})
         if labels is not None:
             if caption_weights is not None:
                 shift_labels = kwargs.get("shift_labels")
@@ -1535,13 +1574,42 @@ class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
 
     # Generation is the base's: its own hooks prepare positions, masks and caches. ------------------------------------
 
-    def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        """See `GenerationMixin.generate`. A base with another way to generate does it by itself."""
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        **kwargs: Any,
+    ) -> ModelOutput | torch.LongTensor:
+        """
+        See `GenerationMixin.generate`. A base with another way to generate does it by itself.
+
+        With `return_dict_in_generate=True` the output has `saliency_maps`, `saliency_map_sizes`, `score_logits` and
+        `aspect_logits` too, one row an image whatever the number of beams or returned sequences.
+        """
+        if (features := kwargs.get("mm_encoder_outputs")) is not None:
+            # transformers repeats the features for beams in the very object that it is given
+            kwargs["mm_encoder_outputs"] = {name: copy(value) for name, value in features.items()}
         mllm = self.model.mllm
         # a method of its own (BLIP-2 and its kin), or an encoder for the text too (Florence-2)
         if type(mllm).generate is not GenerationMixin.generate or mllm.config.is_encoder_decoder:
-            return mllm.generate(**_given(inputs=inputs), **{"generation_config": self.generation_config, **kwargs})
-        return super().generate(inputs, **kwargs)
+            mllm.generation_config = self.generation_config
+            generate, kwargs = mllm.generate, {**kwargs, **_given(inputs=inputs, generation_config=generation_config)}
+        else:
+            generate, kwargs = super().generate, {**kwargs, "inputs": inputs, "generation_config": generation_config}
+        outputs, saliency = self.model._call_with_saliency(generate, **kwargs)
+        if not isinstance(outputs, ModelOutput):
+            return outputs
+        if generate != mllm.generate and not self._supports_mm_encoder_outputs():
+            # the base (Mllama) encodes the photographs once for each beam: one row of each is kept
+            settings = {**(generation_config or self.generation_config).to_dict(), **kwargs}
+            times = max(settings[name] or 1 for name in ("num_beams", "num_return_sequences"))
+            prompts = _given(**{name: kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds")})
+            rows = (len(next(iter(prompts.values()))), times, -1)
+            saliency = {
+                name: None if values is None else values.unflatten(0, rows)[:, 0].flatten(0, 1)
+                for name, values in saliency.items()
+            }
+        return _add_fields(outputs, saliency)
 
     def _maybe_prepare_encoder_kwargs_for_generation(self, *args, **kwargs) -> dict[str, Any]:
         # the base knows the names of its encoder's arguments; what it returns are the `model_kwargs` of generation
@@ -1549,7 +1617,7 @@ class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
             self.model.mllm._maybe_prepare_encoder_kwargs_for_generation, *args, **kwargs
         )
         features = (prepared.get("mm_encoder_outputs") or {}).get("image")  # not there for videos alone
-        if saliency and features is not None:
+        if features is not None and "saliency_maps" not in features:
             prepared["mm_encoder_outputs"]["image"] = _add_fields(features, saliency)
         return prepared
 
@@ -1557,10 +1625,10 @@ class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
         # whether it starts from `inputs_embeds` is read from the signature of its own `prepare_inputs_for_generation`
         return self.model.mllm._prepare_model_inputs(*args, **kwargs)
 
-    def prepare_inputs_for_generation(self, *args, **kwargs) -> dict[str, Any]:
+    def prepare_inputs_for_generation(self, **kwargs) -> dict[str, Any]:
         # evaluation hands a whole training batch over; as transformers drops `labels` here, so go the other targets
         kwargs = {name: value for name, value in kwargs.items() if name not in TARGETS}
-        return self.model.mllm.prepare_inputs_for_generation(*args, **kwargs)
+        return self.model.mllm.prepare_inputs_for_generation(**kwargs)
 
     def _prepare_position_ids_for_generation(self, *args, **kwargs) -> torch.Tensor:
         return self.model.mllm._prepare_position_ids_for_generation(*args, **kwargs)

@@ -10,7 +10,7 @@ from families import FAMILIES, Family, text_inputs
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from ase_mllm import ASEForConditionalGeneration
-from ase_mllm.modeling_ase import SALIENCY_STRIDE, find_image_encoder
+from ase_mllm.modeling_ase import SALIENCY_OUTPUTS, SALIENCY_STRIDE, find_image_encoder
 
 
 NEW_TOKENS = 4
@@ -88,6 +88,26 @@ def test_open_gates_move_the_logits_and_generation_follows(case):
     assert (fused - case.fresh(**inputs).logits).abs().max() > 1e-3
     tokens = greedy(case.fused, inputs, output_logits=True, return_dict_in_generate=True)
     torch.testing.assert_close(tokens.logits[0], fused[:, -1].float(), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}], ids=str)
+def test_generation_says_what_the_iasm_saw(options, case):
+    """One row an image, whatever the number of beams or returned sequences, and the IASM runs once."""
+    inputs, calls = case.inputs(), []
+    expected = case.fused(**inputs)
+    hook = case.fused.model.iasm.register_forward_hook(lambda *args: calls.append(1))
+    try:
+        result = case.fused.generate(
+            **inputs, **{"do_sample": False, **options}, max_new_tokens=2, return_dict_in_generate=True
+        )
+    finally:
+        hook.remove()
+    assert len(calls) == 1
+    for name in SALIENCY_OUTPUTS:
+        assert (name in result) == (name in expected)
+        if name in expected:
+            torch.testing.assert_close(result[name], expected[name])
 
 
 def test_every_added_parameter_gets_a_gradient(case):

@@ -1,6 +1,7 @@
 """Every way of decoding with open gates writes what plain greedy decoding writes, and fails only where the base fails."""
 
 import copy
+import inspect
 import pickle
 from collections.abc import Callable
 from threading import Thread
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+import transformers
 from conftest import graft, open_gates, with_noise
 from families import BOS, FAMILIES, Family
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -355,7 +357,8 @@ def test_a_fresh_graft_returns_the_records_of_its_base(family, base, model, num_
         one.set_attn_implementation("eager")
         outputs.append(one.generate(**inputs, **RECORDS, num_beams=num_beams, do_sample=False, max_new_tokens=4))
     expected, result = outputs
-    assert type(result) is type(expected) and list(result) == list(expected)
+    assert isinstance(result, type(expected))
+    assert list(result) == [*expected, "saliency_maps", "score_logits", "aspect_logits"]
     for name in set(expected) - {"cache"}:
         pairs = list(zip(tensors(result[name]), tensors(expected[name]), strict=True))
         assert pairs and all(torch.equal(*pair) for pair in pairs), name
@@ -636,3 +639,127 @@ def test_a_copied_configuration_is_equal_and_its_own(model, make_copy):
     assert copied != model.config
     assert model.config.get_text_config().num_hidden_layers == 2
     assert model.config.iasm_config.backbone_config.depths[0] == 1
+
+
+# What clients see ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "llava_next", "mllama", "lfm2_vl"])
+def test_signatures_name_the_inputs_of_the_base(name):
+    """Many clients keep only the inputs that they find there."""
+    base = build_base(FAMILIES[name])
+    model = graft(base)
+
+    def named(function: Callable) -> list[str]:
+        kinds = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+        return [p.name for p in inspect.signature(function).parameters.values() if p.kind not in kinds]
+
+    for ours, theirs in [
+        (model.forward, base.forward),
+        (model.model.forward, base.base_model.forward),
+        (model.prepare_inputs_for_generation, base.prepare_inputs_for_generation),
+    ]:
+        expected = named(theirs)
+        assert named(ours)[: len(expected)] == expected
+    assert {"rating_targets", "caption_weights", "num_items_in_batch"} <= set(named(model.forward))
+
+
+def test_arguments_by_position_are_those_of_the_base(family, base, model):
+    inputs = prompt(family)
+    names = list(inspect.signature(base.forward).parameters)
+    given = [inputs.get(name) for name in names[: names.index("attention_mask") + 1]]
+    with torch.no_grad():
+        assert torch.equal(model(*given).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+@pytest.mark.parametrize("part", ["model", "body"])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_cache_is_read_and_taken_under_both_its_names(name, part, family, model):
+    """A loop of one's own, as a server runs it, writes what a forward of everything says."""
+    one = {"model": model, "body": model.model}[part]
+    whole = prompt(family, words=4)
+    length = whole["input_ids"].shape[1] - 2
+    first = {key: tensor[:, :length] if key in TOKEN_INPUTS else tensor for key, tensor in whole.items()}
+    with torch.no_grad():
+        expected, seen = one(**whole)[0][:, -2:], one(**first, use_cache=True)
+        cache = getattr(seen, name)
+        assert cache.get_seq_length() == length
+        rest = {
+            key: whole[key][:, length:] if key == "input_ids" else whole[key] for key in TOKEN_INPUTS if key in whole
+        }
+        result = one(**rest, **{name: cache})[0]
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_image_features_are_read_under_both_their_names(family, base, model):
+    with torch.no_grad():
+        outputs = open_gates(model, 0.0)(**prompt(family))
+        expected = base.get_image_features(prompt(family)["pixel_values"], return_dict=True).pooler_output
+    for features in (outputs.image_outputs.pooler_output, outputs.image_hidden_states):
+        assert torch.equal(torch.cat(list(features)), torch.cat(list(expected)))
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+def test_features_of_the_caller_are_left_as_they_are(name):
+    """transformers repeats them for beams in place; the second call would then write of the wrong photographs."""
+    family = FAMILIES[name]
+    model = build_model(build_base(family))
+    inputs = family.inputs(
+        [torch.randn(3, *size, generator=torch.Generator().manual_seed(3)) for size in family.sizes]
+    )
+    vision = {key: inputs[key] for key in inputs if key not in TOKEN_INPUTS}
+    rest = {key: inputs[key] for key in TOKEN_INPUTS + ("image_grid_thw",) if key in inputs}
+    features = {"image": model.get_image_features(**vision)}
+    options = {"num_beams": 3, "do_sample": False, "max_new_tokens": 4}
+    expected = model.generate(**inputs, **options)
+    for _ in range(2):
+        assert torch.equal(model.generate(**rest, mm_encoder_outputs=features, **options), expected)
+
+
+@pytest.mark.parametrize("name", ["blip-2", "florence2"])
+def test_a_base_with_a_generate_of_its_own_raises_no_other_warning(name, recwarn, caplog):
+    family = FAMILIES[name]
+    base = build_base(family)
+    inputs = family.inputs([torch.zeros(3, *family.sizes[0])])
+
+    def warnings_of(model: PreTrainedModel) -> list[str]:
+        recwarn.clear()
+        caplog.clear()
+        transformers.utils.logging.get_logger("transformers").warning_once.cache_clear()
+        model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        return [*(str(one.message) for one in recwarn), *(record.message for record in caplog.records)]
+
+    assert warnings_of(graft(copy.deepcopy(base))) == warnings_of(base)
+
+
+def test_an_assistant_s_saliency_is_not_taken_for_the_model_s(family, base, model):
+    other = build_model(build_base(family, seed=5))
+    inputs = prompt(family)
+    with torch.no_grad():
+        expected = model(**inputs)
+    options = {"do_sample": False, "max_new_tokens": 4, "return_dict_in_generate": True}
+    result = model.generate(**inputs, assistant_model=other, **options)
+    assert torch.equal(result.score_logits, expected.score_logits)
+
+
+def test_generation_from_given_features_says_what_was_seen(family, model, processor):
+    inputs = prompt(family)
+    features = model.get_image_features(inputs.pop("pixel_values"))
+    options = {"do_sample": False, "max_new_tokens": 2, "return_dict_in_generate": True, "num_beams": 2}
+    result = model.generate(**inputs, mm_encoder_outputs={"image": features}, **options)
+    assert torch.equal(result.saliency_maps, features.saliency_maps)
+    assert processor.post_process_scores(result) == processor.post_process_scores(features)
+    assert processor.post_process_aspects(result) == processor.post_process_aspects(features)
+    assert torch.equal(processor.post_process_saliency(result)[0], processor.post_process_saliency(features)[0])
+
+
+def test_servers_find_positions_and_videos_where_the_base_has_them():
+    for name in ("qwen2_vl", "llava"):
+        base = build_base(FAMILIES[name])
+        body = graft(base).model
+        for method in ("get_rope_index", "get_video_features"):
+            assert hasattr(body, method) == hasattr(base.base_model, method)
+            if hasattr(body, method):
+                assert getattr(body, method) == getattr(base.base_model, method)
