@@ -16,7 +16,7 @@ from .modeling_ase import (
     ImageAestheticSaliencyModule,
     SaliencyCrossAttention,
 )
-from .processing_ase import ASEDataCollator, ASEProcessor
+from .processing_ase import ASEDataCollator, ASEProcessor, read_photograph
 
 
 AutoConfig.register("ase", ASEConfig)
@@ -37,4 +37,5 @@ __all__ = [
     "IASMConfig",
     "ImageAestheticSaliencyModule",
     "SaliencyCrossAttention",
+    "read_photograph",
 ]

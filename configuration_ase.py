@@ -247,7 +247,7 @@ class ASEConfig(_SavedWithCode):
             "saliency_maps",
             "saliency_map_sizes",
         ]
-        return list(dict.fromkeys([*self.mllm_config.keys_to_ignore_at_inference, *own]))
+        return list(dict.fromkeys([*getattr(self.mllm_config, "keys_to_ignore_at_inference", ()), *own]))
 
     def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
         return self.mllm_config.get_text_config(*args, **kwargs)

@@ -1,7 +1,11 @@
 """Processor and data collator of ASE-MLLM: the base model's own processor, aesthetic prompts, maps and scores."""
 
+import base64
+import difflib
 import json
+import os
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from PIL import Image
+from PIL import Image, ImageCms, ImageOps
 from transformers import BatchFeature, ProcessorMixin
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_outputs import ModelOutput
@@ -29,9 +33,97 @@ AESTHETIC_PROMPTS = {
 HEAT_COLOURS = np.array([[40, 11, 84], [101, 21, 110], [159, 42, 99], [212, 72, 66], [245, 125, 21], [250, 193, 39]])
 
 
+# The collator's columns that need not be there, and the numbers they take; a negative aspect is unknown.
+OPTIONAL_COLUMNS = {
+    "rating": (0, float("inf")),
+    "saliency": (0, float("inf")),
+    "aspect_labels": (float("-inf"), 1),
+    "caption_weight": (0, float("inf")),
+}
+
+# Photographs ----------------------------------------------------------------------------------------------------------
+
+
+def read_photograph(photo: str | os.PathLike | bytes | Image.Image, longest_side: int | None = None) -> Image.Image:
+    """
+    A photograph as people see it: upright, sRGB, 8 bits a colour, what is transparent over white.
+
+    Everything of this package that looks at photographs reads them so. A plain `convert("RGB")` makes 16 bits white or
+    black, shows what transparency hides, and takes wide colours for pale ones.
+
+    Args:
+        photo: A file's path or content, or an opened image.
+        longest_side: Larger photographs are reduced to it, in pixels.
+
+    Raises:
+        OSError: of Pillow, if it is no picture or cut short.
+    """
+    if isinstance(photo, bytes):
+        photo = BytesIO(photo)
+    if not isinstance(photo, Image.Image):
+        with Image.open(photo) as opened:
+            if longest_side is not None:
+                opened.draft("RGB", (longest_side, longest_side))  # a large JPEG is decoded small
+            return read_photograph(opened, longest_side)
+    profile = photo.info.get("icc_profile")
+    image = ImageOps.exif_transpose(photo)
+    if image.mode.startswith(("I", "F")):  # convert() would clip these at 255
+        image = _to_eight_bits(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    elif image.mode not in ("RGB", "L", "CMYK"):
+        image = image.convert("RGB")
+    if longest_side is not None and max(image.size) > longest_side:
+        image = image.copy()  # the caller's stays as it is
+        image.thumbnail((longest_side, longest_side))
+    if profile:
+        try:
+            source, srgb = ImageCms.ImageCmsProfile(BytesIO(profile)), ImageCms.createProfile("sRGB")
+            image = ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
+        except (ImageCms.PyCMSError, OSError):
+            pass  # a broken profile, or one of another mode: the plain colours are the best guess
+        image.info.pop("icc_profile", None)
+    return image.convert("RGB")
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """Greyscale of 16 or 32 bits or of floating point: full white is what its numbers reach for."""
+    values = np.nan_to_num(np.asarray(image, dtype=np.float32))
+    whites = [1, 255, 65535] if image.mode == "F" else [255, 65535]
+    brightest = float(values.max(initial=0))
+    white = 65535 if image.mode.startswith("I;16") else next((w for w in whites if brightest <= w), brightest)
+    return Image.fromarray((values / white * 255).clip(0, 255).round().astype(np.uint8))
+
+
+def _read_images(images: Any) -> Any:
+    """Photographs in whatever nesting, read; what is no photograph at hand (tensors, addresses) stays as it is."""
+    if isinstance(images, (list, tuple)):
+        return [_read_images(image) for image in images]
+    if isinstance(images, str) and images.startswith("data:image/"):
+        return read_photograph(base64.b64decode(images.partition(",")[2]))
+    if isinstance(images, Image.Image) or (isinstance(images, (str, os.PathLike)) and os.path.isfile(images)):
+        return read_photograph(images)
+    return images
+
+
+def _read_conversation(conversation: Any) -> Any:
+    """A conversation, or several, with the photographs in it read."""
+    if isinstance(conversation, (list, tuple)):
+        return [_read_conversation(part) for part in conversation]
+    if not isinstance(conversation, dict):
+        return conversation
+    if conversation.get("type") != "image":
+        return {name: _read_conversation(v) if name == "content" else v for name, v in conversation.items()}
+    read = {name: _read_images(conversation[name]) for name in ("image", "url", "path") if name in conversation}
+    photo = next((value for value in read.values() if isinstance(value, Image.Image)), None)
+    rest = {name: value for name, value in conversation.items() if name not in read}
+    return conversation if photo is None else {**rest, "image": photo}
+
+
 class ASEProcessor(ProcessorMixin):
     """
-    Wraps the processor of the base model, which prepares images and text exactly as before.
+    Wraps the processor of the base model, which prepares text and images; photographs go through `read_photograph` first.
 
     Args:
         base_processor: The base model's processor. It is saved at the folder's root, its class by name.
@@ -39,6 +131,8 @@ class ASEProcessor(ProcessorMixin):
     """
 
     def __init__(self, base_processor: ProcessorMixin, aspect_names: list[str] | tuple[str, ...] = ()):
+        if isinstance(aspect_names, str) or not all(isinstance(name, str) for name in aspect_names):
+            raise ValueError(f"`aspect_names` takes a list of names, got {aspect_names!r}.")
         self.base_processor = base_processor
         self.aspect_names = list(aspect_names)
 
@@ -57,7 +151,7 @@ class ASEProcessor(ProcessorMixin):
 
     def __call__(self, images: Any = None, text: str | list[str] | None = None, **kwargs) -> BatchFeature:
         """The base processor's call; transformers looks for these two names."""
-        return self.base_processor(images=images, text=text, **kwargs)
+        return self.base_processor(images=_read_images(images), text=text, **kwargs)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(aspect_names={self.aspect_names}, base_processor={self.base_processor!r})"
@@ -78,8 +172,8 @@ class ASEProcessor(ProcessorMixin):
     def unused_input_names(self) -> list[str]:
         return self.base_processor.unused_input_names
 
-    def apply_chat_template(self, *args, **kwargs) -> Any:
-        return self.base_processor.apply_chat_template(*args, **kwargs)
+    def apply_chat_template(self, conversation: list, *args, **kwargs) -> Any:
+        return self.base_processor.apply_chat_template(_read_conversation(conversation), *args, **kwargs)
 
     def batch_decode(self, *args, **kwargs) -> list[str]:
         return self.base_processor.batch_decode(*args, **kwargs)
@@ -120,7 +214,7 @@ class ASEProcessor(ProcessorMixin):
         Loads a saved `ASEProcessor`, or wraps the processor of a base model's folder or Hub id.
 
         Raises:
-            ValueError: if the named class is not one of transformers.
+            ValueError: if the named class is no processor of transformers.
         """
         settings, _ = ProcessorMixin.get_processor_dict(pretrained_model_name_or_path, **kwargs)
         aspect_names = kwargs.pop("aspect_names", settings.get("aspect_names", ()))
@@ -129,9 +223,9 @@ class ASEProcessor(ProcessorMixin):
             base = transformers.AutoProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
             return cls(base, aspect_names)
         base_class = getattr(transformers, name, None)
-        if base_class is None:
+        if not (isinstance(base_class, type) and issubclass(base_class, ProcessorMixin)):
             raise ValueError(
-                f"`base_processor_class` {name!r} of {pretrained_model_name_or_path} is not in transformers."
+                f"`base_processor_class` {name!r} of {pretrained_model_name_or_path} is no processor of transformers."
             )
         # NOTE: never AutoProcessor here, it would find this class again
         return cls(base_class.from_pretrained(pretrained_model_name_or_path, **kwargs), aspect_names)
@@ -160,7 +254,8 @@ class ASEProcessor(ProcessorMixin):
         Args:
             outputs: Anything with `saliency_maps` (and `saliency_map_sizes`, where they differ): a forward's or
                 `get_image_features`' output.
-            target_sizes: `(height, width)` of each photograph; each map's own size by default.
+            target_sizes: `(height, width)` of each photograph; each map's own size by default. What the processor cuts
+                away before the model sees it has heat 0.
         """
         maps = outputs.saliency_maps.detach().float()
         if (sizes := outputs.get("saliency_map_sizes")) is not None:
@@ -171,9 +266,44 @@ class ASEProcessor(ProcessorMixin):
         for i, saliency_map in enumerate(maps):
             if target_sizes is not None:
                 size = tuple(int(side) for side in target_sizes[i])
-                saliency_map = F.interpolate(saliency_map[None, None], size=size, mode="bilinear")[0, 0]
+                saliency_map = _place_map(saliency_map, self._seen_box(*size), size)
             heat.append(saliency_map / saliency_map.max())
         return heat
+
+    def _seen_box(self, height: int, width: int) -> tuple[float, float, float, float]:
+        """
+        Which part of a photograph the model sees: top, left, bottom and right, in pixels of the photograph.
+
+        Where the image processor crops or pads, it is asked: a picture whose colours tell their place goes through it.
+        """
+        whole = (0.0, 0.0, float(height), float(width))
+        processor = self.image_processor
+        if not (getattr(processor, "do_center_crop", False) or getattr(processor, "do_pad", False)):
+            return whole
+        y, x = np.mgrid[0:height, 0:width]
+        colours = np.stack([x / width * 200, y / height * 200, np.full_like(x, 255)], axis=-1).round().astype(np.uint8)
+        options = {"do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
+        seen = processor(images=Image.fromarray(colours), **options)
+        pixels = seen["pixel_values"]
+        if set(seen) != {"pixel_values"} or pixels.ndim != 4 or len(pixels) != 1:
+            return whole  # tiles, patches or masked padding: there the encoder's images are the photograph's own
+        pixels = pixels[0].float().numpy()
+        inside = pixels[2] > 250  # what is padded has another blue
+        rows, columns = inside.any(1).nonzero()[0], inside.any(0).nonzero()[0]
+        if len(rows) < 4 or len(columns) < 4:
+            raise ValueError(
+                f"{type(processor).__name__} leaves {len(rows)} rows and {len(columns)} columns of a photograph of "
+                f"{height} x {width}: its saliency map has no place there. Leave `target_sizes` away."
+            )
+        edges = []
+        for places, values, side, cells in (
+            (rows, pixels[1][:, columns].mean(1)[rows], height, pixels.shape[1]),
+            (columns, pixels[0][rows].mean(0)[columns], width, pixels.shape[2]),
+        ):
+            slope, start = np.polyfit(places[1:-1] + 0.5, values[1:-1] / 200 * side + 0.5, 1)
+            edges.append((start, start + slope * cells))
+        (top, bottom), (left, right) = edges
+        return top, left, bottom, right
 
     def overlay_saliency(self, image: Image.Image, heat: torch.Tensor, opacity: float = 0.65) -> Image.Image:
         """The photograph with its heat map `(height, width)` in 0..1 laid over it; cold places stay as they are."""
@@ -225,23 +355,50 @@ class ASEDataCollator:
     max_length: int | None = None
 
     def __call__(self, examples: list[dict[str, Any]]) -> BatchFeature:
-        images = [example["images"] if "images" in example else [example["image"]] for example in examples]
-        images = [[image.convert("RGB") for image in group] for group in images]
+        for example in examples:
+            self._check_columns(example)
+        images = [
+            _read_images(example["images"] if "images" in example else [example["image"]]) for example in examples
+        ]
         prompts = [example.get("prompt") or self.processor.critique_prompt() for example in examples]
-        batch = self.processor(images=images, text=prompts, padding=True, return_tensors="pt")
+        # a batch of text alone has no images at all: some processors would make an empty tensor of none
+        given = {"images": images} if any(images) else {}
+        batch = self.processor(**given, text=prompts, padding=True, return_tensors="pt")
         self._append_captions(batch, [example["caption"] for example in examples])
-        counts = [len(group) for group in images]
+        counts = torch.tensor([len(group) for group in images])
         for column, name in (
             ("rating", "rating_targets"),
             ("saliency", "saliency_targets"),
             ("aspect_labels", "aspect_targets"),
         ):
-            if (targets := _stack([example.get(column) for example in examples], column)) is not None:
-                batch[name] = targets.repeat_interleave(torch.tensor(counts), dim=0)
+            targets = _stack([example.get(column) for example in examples], column)
+            if targets is not None and any(images):
+                batch[name] = targets.repeat_interleave(counts, dim=0)
+        if "saliency_targets" in batch:
+            sizes = [image.size[::-1] for group in images for image in group]
+            boxes = [self.processor._seen_box(*size) for size in sizes]
+            batch["saliency_targets"] = torch.stack(list(map(_cut_map, batch["saliency_targets"], boxes, sizes)))
         if any(example.get("caption_weight") is not None for example in examples):
             weights = [example.get("caption_weight") for example in examples]
-            batch["caption_weights"] = torch.tensor([1.0 if weight is None else weight for weight in weights])
+            batch["caption_weights"] = torch.tensor([1.0 if weight is None else float(weight) for weight in weights])
+            _check_range("caption_weight", batch["caption_weights"], 0)
         return batch
+
+    def _check_columns(self, example: dict[str, Any]):
+        """A column that is missing or misspelt is an error: it would be left out without a word."""
+        known = {"image", "images", "caption", "prompt", *OPTIONAL_COLUMNS}
+        if "caption" not in example or not {"image", "images"} & set(example):
+            raise ValueError(
+                f"An example needs `caption` and `image` (or `images`), got {sorted(example)}. `Trainer` takes away what "
+                "the model itself does not know: pass `TrainingArguments(..., remove_unused_columns=False)`."
+            )
+        for name in set(example) - known:
+            if meant := [
+                one for one in difflib.get_close_matches(name, OPTIONAL_COLUMNS, 1, 0.85) if one not in example
+            ]:
+                raise ValueError(
+                    f"Column `{name}` is not known: did you mean `{meant[0]}`? Rename it or take it away."
+                )
 
     def _append_captions(self, batch: BatchFeature, captions: list[str]):
         """Joins prompt and caption as tokens, as generation does, and puts labels on the caption alone."""
@@ -271,9 +428,42 @@ class ASEDataCollator:
                 batch[name] = torch.tensor([row + [0] * (length - len(row)) for row in types])
 
 
+def _place_map(
+    saliency_map: torch.Tensor, box: tuple[float, float, float, float], size: tuple[int, int]
+) -> torch.Tensor:
+    """A map `(h, w)` of the part `box` (top, left, bottom, right) of a picture, on the whole of it: `size`, 0 outside."""
+    height, width = size
+    if box == (0.0, 0.0, float(height), float(width)):
+        return F.interpolate(saliency_map[None, None], size=size, mode="bilinear")[0, 0]
+    top, left, bottom, right = box
+    y = (torch.arange(height, device=saliency_map.device) + 0.5 - top) / (bottom - top) * 2 - 1
+    x = (torch.arange(width, device=saliency_map.device) + 0.5 - left) / (right - left) * 2 - 1
+    grid = torch.stack(torch.broadcast_tensors(x, y[:, None]), dim=-1)[None].to(saliency_map.dtype)
+    placed = F.grid_sample(saliency_map[None, None], grid, padding_mode="border", align_corners=False)[0, 0]
+    return placed * (grid[0].abs() <= 1).all(-1)
+
+
+def _cut_map(
+    saliency_map: torch.Tensor, box: tuple[float, float, float, float], size: tuple[int, int]
+) -> torch.Tensor:
+    """The part `box` of a map `(h, w)` that covers a picture of `size`, at the map's own shape, 0 outside of the picture."""
+    height, width = size
+    if box == (0.0, 0.0, float(height), float(width)):
+        return saliency_map
+    top, left, bottom, right = box
+    rows, columns = saliency_map.shape
+    y = (top + (torch.arange(rows) + 0.5) / rows * (bottom - top)) / height * 2 - 1
+    x = (left + (torch.arange(columns) + 0.5) / columns * (right - left)) / width * 2 - 1
+    grid = torch.stack(torch.broadcast_tensors(x, y[:, None]), dim=-1)[None]
+    cut = F.grid_sample(saliency_map[None, None], grid, padding_mode="border", align_corners=False)[0, 0]
+    return cut * (grid[0].abs() <= 1).all(-1)
+
+
 def _stack(values: list[Any], column: str) -> torch.Tensor | None:
     """Stacks what is there; missing rows become zeros (no truth), missing aspects -1 (unknown)."""
-    given = [torch.as_tensor(np.asarray(value), dtype=torch.float32) for value in values if value is not None]
+    given = [torch.as_tensor(np.asarray(value, dtype=np.float32)) for value in values if value is not None]
+    for value in given:
+        _check_range(column, value, *OPTIONAL_COLUMNS[column])
     if not given:
         return None
     shapes = {tuple(value.shape) for value in given}
@@ -284,4 +474,11 @@ def _stack(values: list[Any], column: str) -> torch.Tensor | None:
     return torch.stack([missing if value is None else next(rows) for value in values])
 
 
-__all__ = ["ASEDataCollator", "ASEProcessor"]
+def _check_range(column: str, values: torch.Tensor, low: float, high: float = float("inf")):
+    if not values.isfinite().all() or values.amin() < low or values.amax() > high:
+        allowed = f"at least {low:g}" if high == float("inf") else f"from {low:g} to {high:g}"
+        low, high = values.amin().item(), values.amax().item()
+        raise ValueError(f"Column `{column}` takes finite numbers {allowed}, got {low:g} to {high:g}.")
+
+
+__all__ = ["ASEDataCollator", "ASEProcessor", "read_photograph"]

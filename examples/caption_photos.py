@@ -28,21 +28,18 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
+from ase_mllm import read_photograph
 
-if find_spec("ase_mllm"):  # without it a checkpoint brings its own code: --trust-remote-code
-    import ase_mllm  # noqa: F401  registers the Auto classes
 
 HERE = Path(__file__).parent
 FORMATS = ["JPEG", "PNG", "WEBP", "TIFF"]  # NOTE: Pillow's other readers are never tried, one of them starts programs
@@ -123,10 +120,9 @@ def read_photo(path: Path) -> Photo | Failure:
         with Image.open(path, formats=FORMATS) as image:
             width, height = image.size
             image.draft("RGB", (PHOTO_SIDE, PHOTO_SIDE))  # a large JPEG is decoded small
-            image.load()
             if image.getexif().get(ExifTags.Base.Orientation, 1) > 4:  # turned by a quarter
                 width, height = height, width
-            image = to_srgb(ImageOps.exif_transpose(image))
+            image = read_photograph(image, PHOTO_SIDE)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         limit = Image.MAX_IMAGE_PIXELS / 1e6
         return Failure(path, f"too large: over the limit of {limit:.3g} megapixels (raise it with --max-megapixels)")
@@ -138,28 +134,6 @@ def read_photo(path: Path) -> Photo | Failure:
     if min(image.size) < SHORTEST_SIDE:
         return Failure(path, f"too small to judge: {width} × {height} pixels")
     return Photo(path, image, width, height)
-
-
-def to_srgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB of at most `PHOTO_SIDE`: transparency over white, 16 bits to 8, the embedded profile to sRGB."""
-    profile = image.info.get("icc_profile")
-    if image.mode.startswith(("I", "F")):  # convert() would clip these at 255
-        values = np.asarray(image, dtype=np.float32)
-        white = 65535 if image.mode.startswith("I;16") else max(float(values.max()), 1e-6)
-        image = Image.fromarray((values / white * 255).clip(0, 255).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    elif image.mode not in ("RGB", "L", "CMYK"):
-        image = image.convert("RGB")
-    image.thumbnail((PHOTO_SIDE, PHOTO_SIDE))
-    if profile:  # an Adobe RGB photograph looks muted when it is taken for sRGB
-        try:
-            srgb = ImageCms.createProfile("sRGB")
-            return ImageCms.profileToProfile(image, io.BytesIO(profile), srgb, outputMode="RGB")
-        except (ImageCms.PyCMSError, OSError):
-            pass  # a broken profile, or one of another mode: the plain colours are the best guess
-    return image.convert("RGB")
 
 
 def read_batches(files: list[Path], size: int) -> Iterator[list[Photo | Failure]]:

@@ -35,7 +35,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image
+
+from ase_mllm import read_photograph
 
 
 MANIFEST = Path(__file__).with_suffix(".json")
@@ -179,22 +181,9 @@ def embedded_jpeg(file: Path, size: str) -> bytes:
     raise KeyError(size)
 
 
-def to_srgb(image: Image.Image) -> Image.Image:
-    """The upright image in sRGB (RGB mode)."""
-    image = ImageOps.exif_transpose(image)
-    profile = image.info.get("icc_profile")
-    if profile and image.mode in ("RGB", "CMYK"):
-        try:
-            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-        except ImageCms.PyCMSError:
-            pass  # a broken profile says nothing; the values are sRGB in all but name
-    return image.convert("RGB")
-
-
 def write_photo(image: Image.Image, target: Path) -> None:
     """Write a photograph at training size."""
-    image = to_srgb(image)
+    image = read_photograph(image)
     image.thumbnail((PHOTO_SIZE, PHOTO_SIZE), Image.Resampling.LANCZOS)
     save_whole(image, target, quality=92)
 

@@ -38,7 +38,7 @@ import torch
 from aic_data import PROMPTS, without_suffix
 from finetune import ASPECT_STEMS, aspects_of
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps
+from PIL import Image
 from pycocoevalcap.bleu.bleu_scorer import BleuScorer, cook_test, precook
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.meteor.meteor import Meteor
@@ -51,7 +51,7 @@ from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 from transformers import pipeline
 
-import ase_mllm  # noqa: F401  (registers the Auto classes)
+from ase_mllm import read_photograph
 
 
 PROTOCOLS = {
@@ -243,7 +243,7 @@ def make_captions(model: str, references: Rows, args: argparse.Namespace) -> Pat
     with open(path, "w", encoding="utf-8") as file:
         for start in tqdm(range(0, len(references), args.batch_size), desc=f"Captioning by {model}"):
             batch = references[start : start + args.batch_size]
-            images = [read_photo(path) for path in photos[start : start + args.batch_size]]
+            images = [read_photograph(path) for path in photos[start : start + args.batch_size]]
             answers = [{"caption": text} for text in caption_batch(critic, images, batch, args)]
             if critic.model.config.model_type == "ase":
                 maps.mkdir(exist_ok=True)
@@ -253,11 +253,6 @@ def make_captions(model: str, references: Rows, args: argparse.Namespace) -> Pat
             for row, answer in zip(batch, answers):
                 file.write(json.dumps({"image_id": row["image_id"], "aspect": row.get("aspect")} | answer) + "\n")
     return path
-
-
-def read_photo(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def caption_batch(critic, images: list[Image.Image], rows: Rows, args: argparse.Namespace) -> list[str]:

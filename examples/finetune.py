@@ -50,7 +50,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from ase_mllm import ASEDataCollator, ASEForConditionalGeneration, ASEProcessor
+from ase_mllm import ASEDataCollator, ASEForConditionalGeneration, ASEProcessor, read_photograph
 
 
 # Stems that tell which aspect a text speaks of
@@ -258,7 +258,7 @@ class CritiqueTrainer(Trainer):
         self.model.eval()
         for indices in (mine[start : start + step] for start in range(0, len(mine), step)):
             rows = [self.photographs[i] for i in indices]
-            images = [row["image"].convert("RGB") for row in rows]
+            images = [read_photograph(row["image"]) for row in rows]
             prompts = [aspect_prompt(processor, row["aspect"]) for row in rows]
             inputs = self._prepare_inputs(processor(images=images, text=prompts, padding=True, return_tensors="pt"))
             with self.compute_loss_context_manager():

@@ -110,7 +110,7 @@ def test_an_unknown_base_processor_is_named(processor, tmp_path):
     processor.save_pretrained(tmp_path)
     path = tmp_path / "processor_config.json"
     path.write_text(path.read_text().replace("LlavaProcessor", "NoSuchProcessor"))
-    with pytest.raises(ValueError, match=r"'NoSuchProcessor' of .* is not in transformers"):
+    with pytest.raises(ValueError, match=r"'NoSuchProcessor' of .* is no processor of transformers"):
         ASEProcessor.from_pretrained(tmp_path)
 
 
