@@ -1,6 +1,7 @@
 """Configurations: what is refused and in which words, what each option does, what a round trip and a graft keep."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -34,6 +35,10 @@ def tiny_iasm(**kwargs) -> ImageAestheticSaliencyModule:
         ({"saliency_loss_weight": -0.5}, "`saliency_loss_weight` must be at least 0, got -0.5"),
         ({"aspect_loss_weight": -0.5}, "`aspect_loss_weight` must be at least 0, got -0.5"),
         ({"hidden_size": "32"}, "'hidden_size' expected int, got str"),
+        ({"image_mean": [0.5, float("nan"), 0.5]}, r"all finite.*nan"),
+        ({"image_std": [float("inf")] * 3}, r"all finite.*inf"),
+        ({"score_loss_weight": float("nan")}, "`score_loss_weight` must be at least 0, got nan"),
+        ({"aspect_names": "light"}, "'aspect_names'"),
     ],
 )
 def test_iasm_config_refuses_with_the_numbers(fields, message):
@@ -191,6 +196,48 @@ def test_fusion_hidden_size_is_the_inner_width():
     assert fusion.attention.head_dim == 8
 
 
+def test_a_part_of_no_type_is_refused():
+    with pytest.raises(ValueError, match=r"`backbone_config` has no `model_type` .* names \['depths'\]"):
+        IASMConfig(backbone_config={"depths": [1]})
+    with pytest.raises(ValueError, match=r"`mllm_config` has no `model_type` .* names \[\]"):
+        ASEConfig(mllm_config={})
+
+
+def test_whole_numbers_are_numbers():
+    """As published processors and people write them."""
+    config = IASMConfig(score_loss_weight=2, image_mean=[0, 0, 0], image_std=[1, 1, 1])
+    pixels = torch.rand(1, 3, 64, 64)
+    iasm = tiny_iasm(image_mean=[0, 0, 0], image_std=[1, 1, 1])
+    assert config.score_loss_weight == 2 and torch.equal(iasm.to_rgb(pixels), pixels)
+
+
+def test_a_file_without_a_base_is_refused(tmp_path):
+    ASEConfig(mllm_config=tiny_config(), iasm_config=IASM, **FUSION).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    for empty in ({}, None):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "mllm_config": empty}))
+        with pytest.raises(ValueError, match="names no base model: its `mllm_config` is missing or empty"):
+            AutoConfig.from_pretrained(tmp_path)
+
+
+def test_files_name_no_place_of_this_machine(tmp_path):
+    """Neither where the base was loaded from nor what it has by default."""
+    tiny_base().save_pretrained(tmp_path / "base")
+    model = ASEForConditionalGeneration.from_mllm_pretrained(tmp_path / "base", iasm_config=IASM, **FUSION)
+    model.save_pretrained(tmp_path / "ase")
+    saved = json.loads((tmp_path / "ase" / "config.json").read_text())
+    assert str(tmp_path) not in json.dumps(saved) and "text_config" not in saved
+    base = json.loads((tmp_path / "base" / "config.json").read_text())
+    assert saved["mllm_config"].keys() == base.keys() - {"transformers_version"}
+
+
+def test_what_is_ignored_by_evaluation_is_the_base_s_too():
+    base = tiny_config()
+    base.keys_to_ignore_at_inference = ["past_key_values", "router_logits"]
+    ignored = ASEConfig(mllm_config=base, iasm_config=IASM, **FUSION).keys_to_ignore_at_inference
+    assert {"router_logits", "cache", "image_outputs", "saliency_maps"} <= set(ignored)
+
+
 # Composite ----------------------------------------------------------------------------------------------------------
 
 
@@ -229,7 +276,7 @@ def test_delegates_to_the_base_config():
     assert config.get_text_config() is config.text_config is base.text_config
     assert config.get_text_config(decoder=True) is base.text_config
     assert config.vision_config is base.vision_config
-    assert config.image_token_id == 4
+    assert config.image_token_id == config.image_token_index == 4
     assert config.tie_word_embeddings is True
     assert ASEConfig(mllm_config=tiny_config()).tie_word_embeddings is False
     base.video_token_id = 7

@@ -525,6 +525,42 @@ def test_each_term_counts_where_its_targets_are_given(given, with_labels):
         assert outputs.loss is None
 
 
+NAN, INFINITE = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("rating_targets", torch.full((2, 10), NAN), "`rating_targets` takes finite numbers from 0, got nan"),
+        ("rating_targets", torch.full((2, 10), -1.0), "got -1 to -1"),
+        ("saliency_targets", torch.full((2, 8, 8), -0.5), "`saliency_targets` takes finite numbers from 0, got -0.5"),
+        ("saliency_targets", torch.full((2, 8, 8), INFINITE), "`saliency_targets` takes finite numbers"),
+        ("aspect_targets", torch.full((2, 3), 1.5), "`aspect_targets` takes finite numbers up to 1, got 1.5"),
+        ("aspect_targets", torch.full((2, 3), NAN), "`aspect_targets` takes finite numbers"),
+        ("caption_weights", torch.tensor([1.0, -1.0]), "`caption_weights` takes finite numbers from 0, got -1 to 1"),
+        ("caption_weights", torch.tensor([NAN, 1.0]), "`caption_weights` takes finite numbers"),
+    ],
+)
+def test_impossible_targets_are_refused_with_the_numbers(name, value, message):
+    inputs = make_inputs()
+    with pytest.raises(ValueError, match=message):
+        tiny_model()(**inputs, labels=inputs["input_ids"], **{name: value})
+
+
+@pytest.mark.parametrize("name", ["rating_target", "score_targets", "aspects_targets", "caption_weight"])
+def test_a_misspelt_target_is_refused(name):
+    with pytest.raises(TypeError, match=f"{name}.* no targets of this model, which takes .*rating_targets"):
+        tiny_model()(**make_inputs(), **{name: torch.ones(2, 10)})
+
+
+@pytest.mark.parametrize("size", [(64, 64), (32, 96), (256, 32)])
+def test_the_smallest_image_size_is_finite(size):
+    """Its rings between the centre and the corners hold few cells or none."""
+    model = tiny_model(iasm_config={**IASM, "image_size": 32})
+    outputs = model.model.iasm(torch.randn(2, 3, *size))
+    assert all(outputs[name].isfinite().all() for name in ("saliency_tokens", "saliency_maps", "score_logits"))
+
+
 def test_targets_without_an_image_are_refused():
     inputs = training_inputs()
     inputs.pop("pixel_values")

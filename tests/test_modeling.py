@@ -4,6 +4,7 @@ import copy
 import gc
 import threading
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -22,7 +23,13 @@ from conftest import (
     tiny_model,
     tiny_processor,
 )
-from transformers import LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
+from transformers import (
+    AutoModel,
+    AutoModelForImageTextToText,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaForConditionalGeneration,
+)
 
 from ase_mllm import ASEConfig, ASEForConditionalGeneration, IASMConfig, modeling_ase
 
@@ -522,8 +529,9 @@ def test_saliency_tokens_are_freed_with_the_outputs():
     assert len(seen) == 1 and seen[0]() is None
 
 
+@pytest.mark.parametrize("error", [ArithmeticError, KeyboardInterrupt])
 @pytest.mark.parametrize("where", ["layer", "fusion", "iasm", "language_model", "pixels"])
-def test_an_exception_leaves_nothing_behind(where):
+def test_an_exception_leaves_nothing_behind(where, error):
     inputs = make_inputs()
     model = tiny_model()
     expected = logits(model, **inputs)
@@ -536,11 +544,13 @@ def test_an_exception_leaves_nothing_behind(where):
     }[where]
 
     def fail(module, args):
-        raise ArithmeticError(where)
+        raise error(where)
 
     handle = broken.register_forward_pre_hook(fail)
-    for run in (lambda: model(**inputs), lambda: generate(model, inputs)):
-        with pytest.raises(ArithmeticError, match=where):
+    features = partial(model.get_image_features, inputs["pixel_values"])
+    runs = [partial(model, **inputs), partial(generate, model, inputs), partial(model.model, **inputs)]
+    for run in runs if where == "language_model" else [*runs, features]:
+        with pytest.raises(error, match=where):
             run()
         assert context_is_clear()
     handle.remove()
@@ -637,7 +647,7 @@ def test_a_deepcopy_is_independent():
 def test_missing_added_weights_start_as_a_fresh_graft(encoder, tmp_path):
     inputs = make_inputs()
     tiny_model(encoder).save_pretrained(tmp_path)
-    edit_checkpoint(tmp_path, keep=lambda key: not is_added(key))
+    edit_checkpoint(tmp_path, keep=lambda key: not is_added(key) or key.endswith("iasm.queries"))
     model = ASEForConditionalGeneration.from_pretrained(tmp_path)
     for name, parameter in model.named_parameters():
         if is_added(name):
@@ -648,6 +658,24 @@ def test_missing_added_weights_start_as_a_fresh_graft(encoder, tmp_path):
                 assert torch.equal(parameter, torch.ones_like(parameter)), name
     assert model.model.iasm.token_types.std().item() == pytest.approx(0.02, rel=0.2)
     assert torch.equal(logits(model, **inputs), logits(tiny_base(encoder), **inputs))
+
+
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForImageTextToText])
+def test_a_checkpoint_without_the_saliency_branch_is_refused(auto, tmp_path):
+    """Its scores and maps would be random."""
+    tiny_model().save_pretrained(tmp_path)
+    edit_checkpoint(tmp_path, keep=lambda key: not is_added(key))
+    with pytest.raises(ValueError, match=r"none of the saliency branch.*from_mllm_pretrained"):
+        auto.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "cut short", b""])
+def test_weights_that_cannot_be_read_are_named(content, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100] if content == "cut short" else content)
+    with pytest.raises(ValueError, match=r"cannot be read: .*model\.safetensors"):
+        ASEForConditionalGeneration.from_pretrained(tmp_path)
 
 
 def test_a_missing_weight_does_not_reset_its_siblings(tmp_path):

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import ASPECTS, IMAGE_TOKENS, tiny_model, tiny_processor
-from PIL import Image
+from PIL import Image, ImageCms, ImageDraw
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoProcessor, AutoTokenizer, LlavaProcessor
+from transformers import AutoProcessor, AutoTokenizer, LlavaImageProcessorPil, LlavaProcessor
 from transformers.modeling_outputs import ModelOutput
 
-from ase_mllm import ASEDataCollator, ASEProcessor
+from ase_mllm import ASEDataCollator, ASEProcessor, read_photograph
 from ase_mllm.processing_ase import AESTHETIC_PROMPTS
 
 
@@ -112,6 +112,115 @@ def test_an_unknown_base_processor_is_named(processor, tmp_path):
     path.write_text(path.read_text().replace("LlavaProcessor", "NoSuchProcessor"))
     with pytest.raises(ValueError, match=r"'NoSuchProcessor' of .* is no processor of transformers"):
         ASEProcessor.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["LlavaConfig", "load_image", "pipeline"])
+def test_a_base_processor_that_is_none_is_refused(name, processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    path = tmp_path / "processor_config.json"
+    path.write_text(path.read_text().replace('"LlavaProcessor"', f'"{name}"'))
+    with pytest.raises(ValueError, match=f"'{name}' of .* is no processor of transformers"):
+        ASEProcessor.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("names", ["light", [1, 2]])
+def test_aspect_names_are_a_list_of_names(names, processor):
+    with pytest.raises(ValueError, match="`aspect_names` takes a list of names, got"):
+        ASEProcessor(processor.base_processor, names)
+
+
+# Photographs ------------------------------------------------------------------------------------------------------
+
+
+def scene() -> Image.Image:
+    """Half light, half dark, and a strip of colour: what is turned, swapped or lost can be told."""
+    image = Image.new("RGB", (60, 40), (60, 60, 60))
+    image.paste((200, 200, 200), (0, 0, 30, 40))
+    image.paste((200, 40, 60), (0, 0, 60, 8))
+    return image
+
+
+def as_kept(kind: str) -> tuple[Image.Image, dict, Image.Image]:
+    """A photograph as a file holds it, options of saving, and what people see."""
+    seen, grey = scene(), scene().convert("L")
+    if kind == "turned":
+        exif = Image.Exif()
+        exif[0x0112] = 8  # to be turned a quarter to the left
+        return seen.rotate(-90, expand=True), {"exif": exif}, seen
+    if kind == "grey16":
+        return Image.fromarray(np.asarray(grey).astype(np.uint16) * 257), {}, grey.convert("RGB")
+    if kind == "float":
+        return Image.fromarray(np.asarray(grey).astype(np.float32) / 255), {}, grey.convert("RGB")
+    if kind == "int32":
+        return Image.fromarray(np.asarray(grey).astype(np.int32) * 257), {}, grey.convert("RGB")
+    if kind == "transparent":
+        alpha = Image.new("L", seen.size, 0)
+        alpha.paste(255, (0, 0, 30, 40))
+        hidden, expected = seen.copy(), Image.new("RGB", seen.size, "white")
+        expected.paste(seen, mask=alpha)
+        hidden.putalpha(alpha)
+        return hidden, {}, expected
+    if kind == "palette":
+        return seen.quantize(8, dither=0), {}, seen
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    swapped = srgb.replace(b"rXYZ", b"----").replace(b"bXYZ", b"rXYZ").replace(b"----", b"bXYZ")
+    red, green, blue = seen.split()
+    return Image.merge("RGB", (blue, green, red)), {"icc_profile": swapped}, seen
+
+
+KINDS = ["turned", "grey16", "float", "int32", "transparent", "palette", "profile"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_photograph_is_read_as_people_see_it(kind, processor, tmp_path):
+    kept, options, seen = as_kept(kind)
+    path = tmp_path / ("photo.tif" if kind in ("float", "int32") else "photo.png")
+    kept.save(path, **options)
+    ways = {"path": path, "text": str(path), "bytes": path.read_bytes(), "opened": Image.open(path)}
+    for way, source in ways.items():
+        image = read_photograph(source)
+        assert image.mode == "RGB" and image.size == seen.size, way
+        difference = np.abs(np.asarray(image, dtype=float) - np.asarray(seen, dtype=float))
+        assert difference.max() <= 3, way
+        assert read_photograph(image).tobytes() == image.tobytes()
+    # and so by all that takes photographs
+    prompt = processor.critique_prompt()
+    expected = processor.base_processor(images=seen, text=prompt, return_tensors="pt")["pixel_values"]
+    chat = [{"role": "user", "content": [{"type": "image", "path": str(path)}, {"type": "text", "text": "good ?"}]}]
+    data = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+    url = [{"role": "user", "content": [{"type": "image", "url": data}, {"type": "text", "text": "good ?"}]}]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    for pixels in (
+        processor(images=Image.open(path), text=prompt, return_tensors="pt"),
+        processor(images=[[str(path)]], text=[prompt], return_tensors="pt"),
+        ASEDataCollator(processor)([{"image": Image.open(path), "caption": "good"}]),
+        processor.apply_chat_template(chat, **options),
+        processor.apply_chat_template([chat, url], padding=True, **options),
+    ):
+        torch.testing.assert_close(pixels["pixel_values"][:1], expected, rtol=0, atol=0.06)
+
+
+def test_bright_and_dark_pictures_of_floating_point_stay_so():
+    for values, expected in (([0.1, 0.5], [26, 128]), ([20.0, 200.0], [20, 200]), ([6554.0, 65535.0], [26, 255])):
+        image = read_photograph(Image.fromarray(np.array([values], dtype=np.float32)))
+        assert [image.getpixel((x, 0))[0] for x in (0, 1)] == expected
+    assert read_photograph(Image.fromarray(np.array([[np.nan, 1]], dtype=np.float32))).getpixel((0, 0)) == (0, 0, 0)
+
+
+def test_large_photographs_are_reduced_and_the_caller_s_stays(tmp_path):
+    image = scene().resize((600, 400))
+    image.save(tmp_path / "large.jpg")
+    for source in (image, tmp_path / "large.jpg"):
+        assert read_photograph(source, longest_side=90).size == (90, 60)
+        assert read_photograph(source).size == (600, 400)
+    assert image.size == (600, 400)
+
+
+def test_what_is_cut_short_is_an_error(tmp_path):
+    scene().resize((600, 400)).save(tmp_path / "whole.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:900])
+    with pytest.raises(OSError):
+        read_photograph(tmp_path / "cut.jpg")
 
 
 # Prompts ------------------------------------------------------------------------------------------------------------
@@ -234,6 +343,49 @@ def test_targets_of_different_shape_are_refused(processor):
     first, second = examples()
     with pytest.raises(ValueError, match=r"`saliency` has different shapes in one batch: \[\(2, 2\), \(4, 4\)\]"):
         ASEDataCollator(processor)([first | {"saliency": np.eye(4)}, second | {"saliency": np.eye(2)}])
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("rating", [NAN] * 10, "`rating` takes finite numbers at least 0, got nan"),
+        ("rating", [-1, *[0.2] * 9], "got -1 to 0.2"),
+        ("saliency", [[1.0, -0.5], [0, 0]], "`saliency` takes finite numbers at least 0, got -0.5 to 1"),
+        ("saliency", [[1.0, float("inf")]], "`saliency` takes finite numbers"),
+        ("aspect_labels", [0, 1.5, -1], "`aspect_labels` takes finite numbers .*, got -1 to 1.5"),
+        ("caption_weight", -0.5, "`caption_weight` takes finite numbers at least 0, got -0.5"),
+        ("caption_weight", NAN, "`caption_weight` takes finite numbers"),
+    ],
+)
+def test_impossible_targets_are_refused_with_the_numbers(column, value, message, processor):
+    with pytest.raises(ValueError, match=message):
+        ASEDataCollator(processor)([examples()[0] | {column: value}])
+
+
+@pytest.mark.parametrize("name", ["ratings", "aspect_label", "caption_weights", "salience"])
+def test_a_misspelt_column_is_named(name, processor):
+    with pytest.raises(ValueError, match=f"Column `{name}` is not known: did you mean"):
+        ASEDataCollator(processor)([examples()[0] | {name: [0.1] * 10}])
+    ASEDataCollator(processor)([examples()[0] | {"image_id": "7", "url": "x", "title": "y", "captions": ["z"]}])
+
+
+def test_columns_that_were_taken_away_are_missed(processor):
+    """As `Trainer` does by default with a data set."""
+    with pytest.raises(ValueError, match=r"got \['prompt'\].*remove_unused_columns=False"):
+        ASEDataCollator(processor)([{"prompt": "Critique"}])
+
+
+def test_samples_of_text_alone_train(processor):
+    text = {"images": [], "prompt": "what is good ?", "caption": "blurred", "rating": np.eye(10)[3]}
+    model = tiny_model()
+    for batch, images in (([text, text], 0), ([text], 0), ([text, examples()[0]], 1)):
+        inputs = ASEDataCollator(processor)(batch)
+        assert ("pixel_values" in inputs) == ("rating_targets" in inputs) == bool(images)
+        outputs = model(**inputs)
+        assert outputs.loss.isfinite() and (outputs.score_logits is not None) == bool(images)
 
 
 def test_several_images_a_sample(processor):
@@ -368,6 +520,61 @@ def test_saliency_is_scaled_to_the_photograph(processor):
             assert torch.equal(cut, whole)
     with pytest.raises(ValueError, match="`target_sizes` has 1 sizes for 2 saliency maps"):
         processor.post_process_saliency(outputs, target_sizes=[(10, 40)])
+
+
+def cropping(processor: ASEProcessor, kind: str) -> ASEProcessor:
+    image_processor = processor.image_processor
+    if kind == "shortest edge, then the middle":  # the default of CLIP's and of LLaVA-1.5's processor
+        image_processor.size, image_processor.do_center_crop = {"shortest_edge": 32}, True
+    elif kind == "the middle of the whole":
+        image_processor.do_resize, image_processor.do_center_crop = False, True
+        image_processor.crop_size = {"height": 128, "width": 256}
+    elif kind == "padded to a square":
+        processor.base_processor.image_processor = LlavaImageProcessorPil(
+            do_pad=True, size={"height": 32, "width": 32}, do_center_crop=False
+        )
+    return processor
+
+
+@pytest.mark.parametrize("size", [(200, 400), (400, 200), (300, 300)])
+@pytest.mark.parametrize(
+    "kind", ["whole", "shortest edge, then the middle", "the middle of the whole", "padded to a square"]
+)
+def test_a_map_lies_where_the_model_saw_it(kind, size, processor):
+    """A spot of the photograph, found again in the model's pixels by eye of the code, is put back where it was."""
+    processor = cropping(processor, kind)
+    height, width = size
+    y, x = height * 0.45, width * 0.55
+    spot = Image.new("RGB", (width, height))
+    ImageDraw.Draw(spot).ellipse((x - 30, y - 30, x + 30, y + 30), "white")
+    pixels = processor.image_processor(spot, do_normalize=False, return_tensors="pt")["pixel_values"]
+    if kind == "padded to a square":
+        pixels = pixels * (pixels.amin(1, keepdim=True) > 0.9)  # without the padding's colour
+    (heat,) = processor.post_process_saliency(outputs_of(saliency_maps=pixels.mean(1)), target_sizes=[size])
+    assert tuple(heat.shape) == size
+    centre = [(heat.sum(1 - axis) * torch.arange(size[axis])).sum().item() / heat.sum().item() for axis in (0, 1)]
+    assert centre == pytest.approx([y, x], abs=size[0] / 40)
+
+
+@pytest.mark.parametrize("kind", ["whole", "shortest edge, then the middle", "padded to a square"])
+def test_target_maps_are_cut_as_the_photograph_is(kind, processor):
+    processor = cropping(processor, kind)
+    image = Image.new("RGB", (400, 200))
+    ImageDraw.Draw(image).ellipse((190, 60, 250, 120), "white")
+    target = np.asarray(image.convert("L").resize((64, 64)), dtype=float)
+    example = {"image": image, "caption": "good", "saliency": target}
+    batch = ASEDataCollator(processor)([example])
+    pixels = processor.image_processor(image, do_normalize=False, return_tensors="pt")["pixel_values"].mean(1)
+    if kind == "padded to a square":
+        pixels = pixels * (pixels > 0.9)
+    seen = torch.nn.functional.interpolate(pixels[None], size=(64, 64), mode="bilinear")[0]
+    cut = batch["saliency_targets"] / 255
+    assert (cut - seen).abs().mean() < 0.02
+    centres = [
+        [(one.sum((0, 2 - axis)) * torch.arange(64)).sum().item() / one.sum().item() for axis in (0, 1)]
+        for one in (cut, seen)
+    ]
+    assert centres[0] == pytest.approx(centres[1], abs=0.5)
 
 
 def test_overlay_colours_hot_places_and_keeps_cold_ones(processor):

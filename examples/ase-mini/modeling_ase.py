@@ -6,6 +6,8 @@ is this project's own design. The zero-initialised tanh gate is Flamingo's (arXi
 """
 
 import inspect
+import math
+import re
 import threading
 from collections.abc import Callable
 from copy import copy
@@ -13,11 +15,13 @@ from dataclasses import dataclass, make_dataclass
 from functools import cache, partial, wraps
 from itertools import pairwise
 from os import PathLike
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     MODEL_FOR_BACKBONE_MAPPING,
@@ -193,7 +197,8 @@ def _falloff(luma: torch.Tensor) -> torch.Tensor:
     edges = (0.0, 0.3, 0.5, 0.65, 0.8, 1.01)
     regions = [(radius >= low) & (radius < high) for low, high in pairwise(edges)]
     regions += [(radius >= 0.8) & (x * sx > 0) & (y * sy > 0) for sx in (-1, 1) for sy in (-1, 1)]
-    regions = torch.stack(regions).flatten(1).float()
+    regions = torch.stack(regions).flatten(1)
+    regions = (regions | ~regions.any(1, keepdim=True)).float()  # a ring between few cells is as bright as the whole
     light = ((luma + 1) / 2).flatten(1)
     means = light @ (regions / regions.sum(1, keepdim=True)).T
     return (means + 0.02).log() - (light.mean(1, keepdim=True) + 0.02).log()
@@ -350,6 +355,40 @@ class ASEPreTrainedModel(PreTrainedModel):
         # would skip those without an error, so the names in memory are saved; `from_pretrained` reads both.
         super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | PathLike | None,
+        *args,
+        output_loading_info: bool = False,
+        **kwargs,
+    ) -> "ASEPreTrainedModel | tuple[ASEPreTrainedModel, dict[str, Any]]":
+        """
+        As of every model.
+
+        Raises:
+            ValueError: if a file of weights cannot be read, or the checkpoint holds the base without the saliency branch,
+                whose scores and maps would be random.
+        """
+        try:
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        except SafetensorError as error:
+            files = _unreadable_weights(Path(pretrained_model_name_or_path, kwargs.get("subfolder", "")))
+            raise ValueError(
+                f"Weights of {pretrained_model_name_or_path} cannot be read: {error}. Cut short, or a pointer of Git LFS: "
+                f"{files or 'one of its files'}."
+            ) from error
+        model, report = loaded
+        names = {name for name, _ in model.named_parameters()}
+        added = {name for name in names if re.match(r"(model\.)?(iasm|fusions)\.", name)}
+        missing = names & set(report["missing_keys"])
+        if added and added <= missing and missing != names:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds weights of the base model but none of the saliency branch. To give "
+                "a base model a fresh one, load it with `ASEForConditionalGeneration.from_mllm_pretrained`."
+            )
+        return loaded if output_loading_info else model
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -364,6 +403,17 @@ class ASEPreTrainedModel(PreTrainedModel):
         elif isinstance(module, ImageAestheticSaliencyModule):
             init.normal_(module.queries, std=self.config.initializer_range)
             init.normal_(module.token_types, std=self.config.initializer_range)
+
+
+def _unreadable_weights(folder: Path) -> list[str]:
+    """Files of weights in a folder that are none."""
+    unreadable = []
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            safe_open(path, framework="pt")
+        except SafetensorError:
+            unreadable.append(str(path))
+    return unreadable
 
 
 class SaliencyPyramid(nn.Module):
@@ -690,6 +740,7 @@ def saliency_losses(
 def rating_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Squared earth mover's distance of two distributions over ratings, `(n, 10)`; rows of zeros are left out."""
     _check_targets("rating_targets", targets, logits)
+    _check_range("rating_targets", targets, 0)
     targets = targets.float()
     given = targets.sum(1) > 0
     targets = targets / targets.sum(1, keepdim=True).clamp(min=1e-6)
@@ -705,6 +756,7 @@ def saliency_map_loss(maps: torch.Tensor, targets: torch.Tensor, sizes: torch.Te
     """
     if len(targets) != len(maps):
         raise ValueError(f"`saliency_targets` has {len(targets)} maps for {len(maps)} images{TILES_HINT}.")
+    _check_range("saliency_targets", targets, 0)
     given = targets.flatten(1).sum(1) > 0
     if sizes is None:
         losses = _map_losses(maps, targets)
@@ -727,6 +779,7 @@ def _map_losses(maps: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def aspect_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Binary cross-entropy of independent aspects `(n, num_aspects)`; negative targets are unknown and left out."""
     _check_targets("aspect_targets", targets, logits)
+    _check_range("aspect_targets", targets, -math.inf, 1)
     known = targets >= 0
     losses = F.binary_cross_entropy_with_logits(logits.float(), targets.float().clamp(0, 1), reduction="none")
     return (losses * known).sum() / known.sum().clamp(min=1)
@@ -737,6 +790,22 @@ def _check_targets(name: str, targets: torch.Tensor, logits: torch.Tensor):
         raise ValueError(f"`{name}` has {len(targets)} rows for {len(logits)} images{TILES_HINT}.")
     if targets.shape != logits.shape:
         raise ValueError(f"`{name}` has shape {tuple(targets.shape)}, the model predicts {tuple(logits.shape)}.")
+
+
+def _check_range(name: str, values: torch.Tensor, low: float, high: float = math.inf):
+    # NOTE: on the CPU alone, where looking is free; the collator has looked before its batches go anywhere else
+    if values.device.type != "cpu" or torch.compiler.is_compiling() or not values.numel():
+        return
+    least, most = values.amin().item(), values.amax().item()
+    if not values.isfinite().all() or least < low or most > high:
+        allowed = (
+            f"from {low:g} to {high:g}"
+            if math.isfinite(low + high)
+            else f"from {low:g}"
+            if low == 0
+            else f"up to {high:g}"
+        )
+        raise ValueError(f"`{name}` takes finite numbers {allowed}, got {least:g} to {most:g}.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1251,12 +1320,13 @@ class ASEModel(ASEPreTrainedModel):
     ) -> tuple[ModelOutput, dict[str, torch.Tensor]]:
         """Calls the base and returns its output with what the IASM said meanwhile, or before if features are given."""
         collected = []
-        outer = getattr(_running, "collectors", ())
+        outer, call = getattr(_running, "collectors", ()), getattr(_running, "encoder_call", None)
         _running.collectors = (*outer, (self, collected))
         try:
             outputs = function(*args, **kwargs)
         finally:
-            _running.collectors = outer
+            # torch ends an encoder's call on errors, but not on an interrupt (a `BaseException`)
+            _running.collectors, _running.encoder_call = outer, call
         if collected:
             return outputs, _saliency_outputs(_join_outputs(collected))
         return outputs, _saliency_outputs((kwargs.get("mm_encoder_outputs") or {}).get("image"))
@@ -1535,6 +1605,8 @@ class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
             num_items_in_batch=num_items_in_batch if labels is not None else None,
             logits_to_keep=logits_to_keep,
         )
+        if unknown := [name for name in kwargs if name.endswith(("_target", "_targets")) or name == "caption_weight"]:
+            raise TypeError(f"{sorted(unknown)} are no targets of this model, which takes {sorted(TARGETS)}.")
         given |= {**kwargs, "return_dict": True}
         outputs, saliency = self.model._call_with_saliency(self.model.mllm, **given)
         result = _add_fields(outputs, {**saliency, **dict.fromkeys(LOSS_TERMS)})
@@ -1675,6 +1747,7 @@ def weighted_caption_loss(
     """
     if caption_weights.shape != labels.shape[:1]:
         raise ValueError(f"`caption_weights` has shape {tuple(caption_weights.shape)} for {len(labels)} samples.")
+    _check_range("caption_weights", caption_weights, 0)
     targets = F.pad(labels, (0, 1), value=-100)[:, 1:] if shift_labels is None else shift_labels
     targets = targets.to(logits.device)
     losses = F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
