@@ -1379,7 +1379,7 @@ def _signed_as(method: MethodType, base: Callable) -> MethodType:
     kinds = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
     shared = [parameter for parameter in theirs.values() if parameter.kind not in kinds]
     names = [parameter.name for parameter in shared]
-    rename = {old: new for old, new in (CACHE_NAMES, CACHE_NAMES[::-1]) if new in names and old not in names}
+    name, other = next((pair for pair in (CACHE_NAMES, CACHE_NAMES[::-1]) if pair[0] in names), CACHE_NAMES)
     self, *mine = [parameter for name, parameter in own.items() if name not in names and parameter.kind not in kinds]
     mine = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in mine]
     rest = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
@@ -1387,8 +1387,13 @@ def _signed_as(method: MethodType, base: Callable) -> MethodType:
     # NOTE: without `__wrapped__`, by which accelerate would take the function for one of its own wrappings
     @wraps(function, updated=())
     def signed(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        kwargs = {rename.get(name, name): value for name, value in kwargs.items()}
-        return function(self, **dict(zip(names, args)), **kwargs)
+        kwargs |= dict(zip(names, args))
+        if name in names and other in kwargs:
+            cache = kwargs.pop(other)
+            # NOTE: PEFT 0.21 puts its prefix beside the still empty cache, each under one of the names
+            if kwargs.get(name) is None or not kwargs[name].get_seq_length():
+                kwargs[name] = cache
+        return function(self, **kwargs)
 
     del signed.__wrapped__
     signed.__signature__ = inspect.Signature([self, *shared, *mine, rest])

@@ -7,10 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import graft, is_added, open_gates, tiny_base, tiny_model, tiny_processor
+from conftest import graft, is_added, make_inputs, open_gates, tiny_base, tiny_model, tiny_processor
 from datasets import Dataset, Features, Image, List, Value
 from families import FAMILIES
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from PIL import Image as PILImage
 from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments, pipeline
 
@@ -257,6 +264,38 @@ def test_a_disabled_adapter_is_the_fresh_graft(tmp_path):
     assert not torch.equal(peft_logits(model, batch), expected)
     with model.disable_adapter():
         assert torch.equal(peft_logits(model, batch), expected)
+
+
+PROMPTS = {"prompt": PromptTuningConfig, "prefix": PrefixTuningConfig, "p-tuning": PromptEncoderConfig}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT asks for what transformers has renamed
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_learned_prompts_work_as_on_the_base(kind):
+    """PEFT reads their sizes from the configuration and takes over the outer class's generation."""
+    models = []
+    for model in (tiny_base(), seeded_model(0.0)):
+        torch.manual_seed(1)
+        models.append(get_peft_model(model, PROMPTS[kind](task_type="CAUSAL_LM", num_virtual_tokens=3)).eval())
+        for parameter in models[-1].prompt_encoder.parameters():
+            parameter.data.mul_(3)
+    inputs = make_inputs()
+    options = {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4}
+    with torch.no_grad():
+        base, ours = (model(**inputs) for model in models)
+        assert torch.equal(ours.logits, base.logits)
+        assert not torch.allclose(ours.logits[:, -23:], seeded_model(0.0)(**inputs).logits, atol=1e-2)
+        written = models[1].generate(**inputs, **options)
+        if kind != "prefix":
+            assert torch.equal(written, models[0].generate(**inputs, **options))
+            return
+        # token by token: with transformers 5.24, PEFT 0.21 loses a base's prefix
+        ids, pixels = inputs["input_ids"], inputs["pixel_values"]
+        for _ in range(4):
+            logits = models[1](input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels).logits[:, -1]
+            logits[:, 2] = -torch.inf  # the end, which `min_new_tokens` forbids
+            ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
+    assert torch.equal(written, ids)
 
 
 def test_evaluation_gathers_batches_of_other_image_sizes(tmp_path):
