@@ -511,9 +511,9 @@ class ImageAestheticSaliencyModule(ASEPreTrainedModel):
         """Saliency as probabilities over positions, `(n, h / 8, w / 8)`, from float32 `photometric_maps`."""
         contrasts = torch.cat([maps, contrast_maps(maps)], dim=1)
         features = self.map_pyramid(feature_maps, contrasts.to(feature_maps[0].dtype))
-        places = _places(features).expand(len(features), -1, -1, -1)
+        places = _places(features).expand(features.shape[0], -1, -1, -1)
         logits = self.map_head(torch.cat([features, places], dim=1))
-        return logits.float().flatten(1).softmax(-1).view(len(logits), *logits.shape[-2:])
+        return logits.float().flatten(1).softmax(-1).unflatten(1, logits.shape[-2:])
 
     def gather_evidence(
         self, features: torch.Tensor, saliency_maps: torch.Tensor, maps: torch.Tensor, statistics: torch.Tensor
@@ -538,7 +538,7 @@ class ImageAestheticSaliencyModule(ASEPreTrainedModel):
         dtype = features.dtype
         coarse = F.avg_pool2d(features, 2)
         coarse = (coarse + self.places(_places(coarse))).flatten(2).transpose(1, 2)
-        queries = self.queries.expand(len(features), -1, -1).to(dtype)
+        queries = self.queries.expand(features.shape[0], -1, -1).to(dtype)
         queries = queries + self.query_attention(queries, self.query_norm(coarse))
         tokens = torch.cat([evidence, queries], dim=1) + self.token_types.to(dtype)
         for layer in self.layers:
