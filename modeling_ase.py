@@ -1387,13 +1387,14 @@ def _signed_as(method: MethodType, base: Callable) -> MethodType:
     # NOTE: without `__wrapped__`, by which accelerate would take the function for one of its own wrappings
     @wraps(function, updated=())
     def signed(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        kwargs |= dict(zip(names, args))
-        if name in names and other in kwargs:
-            cache = kwargs.pop(other)
+        # NOTE: a new dict, because torch.compile does not trace signatures once a caller's dict was changed
+        given = {**kwargs, **dict(zip(names, args))}
+        if name in names and other in given:
+            cache = given.pop(other)
             # NOTE: PEFT 0.21 puts its prefix beside the still empty cache, each under one of the names
-            if kwargs.get(name) is None or not kwargs[name].get_seq_length():
-                kwargs[name] = cache
-        return function(self, **kwargs)
+            if given.get(name) is None or not given[name].get_seq_length():
+                given[name] = cache
+        return function(self, **given)
 
     del signed.__wrapped__
     signed.__signature__ = inspect.Signature([self, *shared, *mine, rest])
