@@ -1,5 +1,6 @@
 # make caption [PHOTOS=folder]   captions photographs with the bundled model and writes captions/gallery.html
 # make test                      sets everything up and runs all tests
+# make test-oldest              a core of the tests on the oldest transformers that is supported
 # make lint                      ruff, as CI runs it
 
 PYTHON ?= python3
@@ -8,13 +9,16 @@ OUT ?= captions
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint tests/constraints.txt
 
-.PHONY: caption test lint clean
+.PHONY: caption test test-oldest lint clean
 
 caption: .venv/examples.ready
 	$(BIN)/python examples/caption_photos.py "$(PHOTOS)" --out "$(OUT)"
 
 test: .venv/test.ready
 	$(BIN)/python -m pytest --quiet
+
+test-oldest: .venv/test.ready
+	$(BIN)/python tests/versions.py 5.19.0
 
 lint: .venv/lint.ready
 	$(BIN)/ruff check --config .ci/ruff.toml .

@@ -171,19 +171,15 @@ def critique(model: Any, processor: Any, images: list[Image.Image], max_new_toke
     prompts = [processor.critique_prompt()] * len(images)
     inputs = processor(images=images, text=prompts, padding=True, return_tensors="pt")
     inputs = inputs.to(model.device, dtype=model.dtype)
-    image_inputs = {name: inputs[name] for name in processor.image_processor.model_input_names if name in inputs}
-    features = model.get_image_features(**image_inputs)
-    inputs.pop("pixel_values")  # encoded once, above
-    ids = model.generate(
-        **inputs, mm_encoder_outputs={"image": features}, max_new_tokens=max_new_tokens, do_sample=False
-    )
-    captions = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True)
+    answers = output.sequences[:, inputs["input_ids"].shape[1] :]
+    captions = processor.batch_decode(answers, skip_special_tokens=True)
     sizes = [reduced(image, OVERLAY_SIDE).size[::-1] for image in images]
     columns = {
         "caption": [" ".join(caption.split()) for caption in captions],
-        "score": processor.post_process_scores(features),
-        "aspects": processor.post_process_aspects(features) or [{} for _ in images],
-        "heat": processor.post_process_saliency(features, target_sizes=sizes),
+        "score": processor.post_process_scores(output),
+        "aspects": processor.post_process_aspects(output) or [{} for _ in images],
+        "heat": processor.post_process_saliency(output, target_sizes=sizes),
     }
     return [dict(zip(columns, row)) for row in zip(*columns.values(), strict=True)]
 
@@ -304,6 +300,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-megapixels", type=float, help="refuse larger photographs (default: Pillow's limit, 89)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with the checkpoint")
     args = parser.parse_args(argv)
+    # not every shell expands `~` within an argument of make
+    args.photos, args.out = [path.expanduser() for path in args.photos], args.out.expanduser()
     for path in args.photos:
         if not os.path.lexists(path):
             parser.error(f"there is no file or folder {path}")

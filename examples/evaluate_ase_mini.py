@@ -44,12 +44,11 @@ def caption_set(model, processor, rows, batch_size: int) -> dict[str, list]:
         inputs = processor(
             images=[row["image"] for row in batch], text=[prompt] * len(batch), padding=True, return_tensors="pt"
         )
-        features = model.get_image_features(pixel_values=inputs.pop("pixel_values"))
-        ids = model.generate(**inputs, mm_encoder_outputs={"image": features})
-        answers = ids[:, inputs["input_ids"].shape[1] :]
+        output = model.generate(**inputs, return_dict_in_generate=True)
+        answers = output.sequences[:, inputs["input_ids"].shape[1] :]
         found["caption"] += processor.batch_decode(answers, skip_special_tokens=True)
-        found["score"] += [score["mean"] for score in processor.post_process_scores(features)]
-        found["map"] += [heat.numpy() for heat in processor.post_process_saliency(features, [(32, 32)] * len(batch))]
+        found["score"] += [score["mean"] for score in processor.post_process_scores(output)]
+        found["map"] += [heat.numpy() for heat in processor.post_process_saliency(output, [(32, 32)] * len(batch))]
         for row in batch:
             found["references"].append(row["references"])
             found["labels"].append(dict(zip(FAULTS, row["aspect_labels"])))

@@ -677,3 +677,15 @@ def test_the_map_loss_of_padded_maps_is_the_mean_of_each_alone():
     sizes = torch.tensor([[4, 8], [8, 4]])
     torch.testing.assert_close(saliency_map_loss(padded, targets, sizes), expected)
     assert not torch.isclose(saliency_map_loss(padded, targets), expected)
+
+
+def test_exports_with_a_batch_of_any_size():
+    model = tiny_iasm()
+    pixels = torch.cat([photo(32, 32, seed) for seed in range(5)])
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, (pixels[:2],), dynamic_shapes=({0: batch},), strict=False)
+    for size in (1, 2, 5):
+        with torch.no_grad():
+            expected, found = model(pixels[:size]), program.module()(pixels[:size])
+        for name in ("saliency_maps", "saliency_tokens", "score_logits"):
+            torch.testing.assert_close(found[name], expected[name], msg=name)
