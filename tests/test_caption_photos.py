@@ -262,6 +262,13 @@ def test_overlay_names_differ():
     assert len({name.lower() for name in names}) == 4
 
 
+def test_home_is_expanded_where_the_shell_has_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "Pictures").mkdir()
+    args = caption_photos.parse_arguments(["~/Pictures", "--out", "~/captions"])
+    assert args.photos == [tmp_path / "Pictures"] and args.out == tmp_path / "captions"
+
+
 def test_limit(captioned, tmp_path):
     arguments = ("--model", captioned.checkpoint, "--out", tmp_path / "out", "--limit", 1, "--max-new-tokens", 1)
     assert run(captioned.folder, *arguments)[0] == 0

@@ -17,8 +17,9 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch):
     assert len(blocks) == 3
     llava, qwen = tmp_path / "llava", tmp_path / "qwen"
     tiny_base().save_pretrained(llava)
-    tiny_processor().base_processor.save_pretrained(llava)
     AutoModelForImageTextToText.from_config(FAMILIES["qwen2_vl"].config()).save_pretrained(qwen)
+    for folder in (llava, qwen):  # Qwen's own processor needs torchvision, for videos
+        tiny_processor().base_processor.save_pretrained(folder)
     folders = {"llava-hf/llava-1.5-7b-hf": llava, "Qwen/Qwen2-VL-2B-Instruct": qwen}
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
@@ -28,7 +29,9 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch):
             block = block.replace(hub_id, str(folder))
         exec(block, namespace)
     assert (tmp_path / "heat.png").exists()
-    assert all((tmp_path / "my-ase" / name / "modeling_ase.py").exists() for name in ("llava", "qwen"))
+    for name in ("llava", "qwen"):
+        for file in ("modeling_ase.py", "processing_ase.py", "processor_config.json", "model.safetensors"):
+            assert (tmp_path / "my-ase" / name / file).exists(), f"{name}/{file}"
     assert namespace["trainer"].state.global_step == 3
 
 

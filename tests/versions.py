@@ -41,7 +41,17 @@ def environment(version: str) -> Path:
     if not (folder / "ready").exists():
         venv.create(folder, clear=True, symlinks=True)
         own = next((folder / "lib").glob("python*")) / "site-packages"
-        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", own, f"transformers=={version}"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--no-deps",
+            "--target",
+            own,
+            f"transformers=={version}",
+        ]
         subprocess.run(command, check=True)
         shared = sysconfig.get_path("purelib")
         (own / "shared.pth").write_text(f"import site; site.addsitedir({shared!r})\n")
@@ -53,7 +63,10 @@ def run(version: str) -> tuple[bool, str]:
     """Whether the core passes, and pytest's closing line."""
     python = environment(version)
     found = subprocess.run(
-        [python, "-c", "import transformers; print(transformers.__version__)"], capture_output=True, text=True, cwd=ROOT
+        [python, "-c", "import transformers; print(transformers.__version__)"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
     ).stdout.split()
     if found[-1:] != [version]:
         raise RuntimeError(f"The environment of {version} has transformers {found}: delete {python.parents[1]}.")
