@@ -1,0 +1,316 @@
+"""
+What only a GPU can show, in one table: exactness in bfloat16, attention kernels, compilation, host synchronisation,
+memory and time at the shapes of published models (random weights).
+
+    PYTHONPATH=examples python tests/gpu_check.py --record examples/gpu.md
+
+Without CUDA it says so and ends. `--device cpu` runs the checks that need no GPU, to try the script itself.
+"""
+
+import argparse
+import copy
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import transformers
+from benchmark import PROMPT_TOKENS, PUBLISHED
+from conftest import graft, open_gates, with_noise
+from families import FAMILIES, SIDE
+from PIL import Image
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+
+from ase_mllm import ASEForConditionalGeneration
+
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+Inputs = dict[str, torch.Tensor]
+FAMILY_NAMES = ("llava", "qwen2_5_vl")
+SHAPES = ("LLaVA-1.5-7B", "Qwen2.5-VL-7B")
+
+
+class Skipped(Exception):
+    """A check that this machine cannot do, and why."""
+
+
+def move(inputs: Inputs, device: str, dtype: torch.dtype) -> Inputs:
+    return {name: x.to(device, dtype if x.is_floating_point() else x.dtype) for name, x in inputs.items()}
+
+
+def tiny_pair(family: str, device: str, dtype: torch.dtype, attention: str) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A base and its fresh graft. FlashAttention needs heads of eight and more."""
+    torch.manual_seed(0)
+    base = AutoModelForImageTextToText.from_config(FAMILIES[family].config(), attn_implementation=attention)
+    base = with_noise(base).to(device, dtype)
+    return base, graft(copy.deepcopy(base)).to(device).eval()
+
+
+def tiny_inputs(family: str, device: str, dtype: torch.dtype) -> Inputs:
+    torch.manual_seed(1)
+    images = [torch.randn(3, SIDE, SIDE) for _ in range(2)]
+    return move(FAMILIES[family].inputs(images), device, dtype)
+
+
+# Checks of correctness: each returns what it found, raises if it is wrong ----------------------------------------
+
+
+@torch.no_grad()
+def fresh_graft_is_its_base(device: str, attention: str, dtype: torch.dtype) -> str:
+    if attention == "flash_attention_2" and find_spec("flash_attn") is None:
+        raise Skipped("flash-attn is not installed")
+    if attention == "flash_attention_2" and dtype == torch.float32:
+        raise Skipped("FlashAttention has no float32")
+    for family in FAMILY_NAMES:
+        base, model = tiny_pair(family, device, dtype, attention)
+        inputs = tiny_inputs(family, device, dtype)
+        if not torch.equal(model(**inputs).logits, base(**inputs).logits):
+            raise AssertionError(f"{family}: the logits differ")
+        changed = open_gates(model)(**inputs).logits
+        if torch.equal(changed, base(**inputs).logits) or not changed.isfinite().all():
+            raise AssertionError(f"{family}: open gates change nothing, or give no numbers")
+    return "bit for bit"
+
+
+@torch.no_grad()
+def compiled_is_plain(device: str, mode: str | None) -> str:
+    worst = 0.0
+    for family in FAMILY_NAMES[:1]:
+        _, model = tiny_pair(family, device, torch.float32, "sdpa")
+        open_gates(model)
+        inputs = tiny_inputs(family, device, torch.float32)
+        expected = model(**inputs).logits
+        run = torch.compile(model, mode=mode)
+        for _ in range(3):  # CUDA graphs are recorded in the second call and replayed from the third
+            found = run(**inputs).logits
+        worst = max(worst, (found - expected).abs().max().item() / expected.abs().max().item())
+        torch._dynamo.reset()
+    if worst > 1e-3:
+        raise AssertionError(f"relative difference {worst:.1e}")
+    return f"relative difference {worst:.1e}"
+
+
+@torch.no_grad()
+def added_part_waits_for_nothing(device: str) -> str:
+    if device == "cpu":
+        raise Skipped("needs CUDA")
+    _, model = tiny_pair("llava", device, torch.bfloat16, "sdpa")
+    inner = open_gates(model).model
+    pixels = tiny_inputs("llava", device, torch.bfloat16)["pixel_values"]
+    layer = inner.config.fusion_layers[0]
+    hidden = torch.randn(len(pixels), 16, inner.fusions.hidden_size(layer), device=device, dtype=torch.bfloat16)
+    inner.fusions(layer, hidden, inner.iasm(pixels).saliency_tokens)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        inner.fusions(layer, hidden, inner.iasm(pixels).saliency_tokens)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return "no synchronisation"
+
+
+@torch.no_grad()
+def generates_as_step_by_step(device: str) -> str:
+    for family in FAMILY_NAMES:
+        _, model = tiny_pair(family, device, torch.float32, "sdpa")
+        open_gates(model, 0.3)
+        inputs = tiny_inputs(family, device, torch.float32)
+        options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+        cached = model.generate(**inputs, **options)
+        if not torch.equal(cached, model.generate(**inputs, **options, use_cache=False)):
+            raise AssertionError(f"{family}: another text without the cache")
+    return "the same with and without a cache"
+
+
+def trains_with_checkpointing(device: str) -> str:
+    losses = {}
+    for checkpointing in (False, True):
+        _, model = tiny_pair("llava", device, torch.float32, "sdpa")
+        open_gates(model).train()
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        inputs = tiny_inputs("llava", device, torch.float32)
+        with torch.autocast(device, torch.bfloat16):
+            loss = model(**inputs, labels=inputs["input_ids"]).loss
+        loss.backward()
+        gradient = max(p.grad.norm().item() for n, p in model.named_parameters() if "iasm" in n and p.grad is not None)
+        if not gradient > 0:
+            raise AssertionError("nothing reaches the saliency module")
+        losses[checkpointing] = loss.item()
+    if abs(losses[True] - losses[False]) > 1e-3:
+        raise AssertionError(f"{losses}")
+    return f"loss {losses[True]:.4f} and {losses[False]:.4f} without"
+
+
+@torch.no_grad()
+def splits_over_cpu_and_gpu(device: str) -> str:
+    if device == "cpu":
+        raise Skipped("needs CUDA")
+    _, model = tiny_pair("llava", device, torch.float32, "sdpa")
+    open_gates(model)
+    inputs = tiny_inputs("llava", device, torch.float32)
+    expected = model(**inputs).logits
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        half = sum(p.numel() * p.element_size() for p in model.parameters()) // 2
+        split = ASEForConditionalGeneration.from_pretrained(
+            folder, device_map="auto", max_memory={0: half, "cpu": "8GiB"}
+        )
+        places = set(split.hf_device_map.values())
+        found = split(**inputs).logits.to(device)
+    if len(places) < 2:
+        raise AssertionError(f"it was not split: {places}")
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    return f"on {', '.join(sorted(map(str, places)))}"
+
+
+@torch.no_grad()
+def loads_in_8_bit(device: str) -> str:
+    if device == "cpu" or find_spec("bitsandbytes") is None:
+        raise Skipped("needs CUDA and bitsandbytes")
+    _, model = tiny_pair("llava", device, torch.float32, "sdpa")
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        config = transformers.BitsAndBytesConfig(load_in_8bit=True)
+        loaded = ASEForConditionalGeneration.from_pretrained(folder, quantization_config=config, device_map=0)
+        kinds = {p.dtype for name, p in loaded.named_parameters() if name.startswith(("model.iasm", "model.fusions"))}
+        logits = loaded(**tiny_inputs("llava", device, torch.float16)).logits
+    if torch.int8 in kinds or not logits.isfinite().all():
+        raise AssertionError(f"added modules in {kinds}")
+    return f"added modules in {', '.join(map(str, kinds))}"
+
+
+# Figures ---------------------------------------------------------------------------------------------------------
+
+
+def seconds(run: Callable[[], None], repeats: int) -> float:
+    run()
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def published_inputs(base: PreTrainedModel, name: str, device: str) -> Inputs:
+    family, _, (height, width), image_tokens = PUBLISHED[name]
+    ids = torch.tensor([[base.config.image_token_id] * image_tokens + [1] * PROMPT_TOKENS], device=device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if family == "llava":
+        return {**inputs, "pixel_values": torch.randn(1, 3, height, width, device=device, dtype=torch.bfloat16)}
+    patch = base.config.vision_config.patch_size
+    rows, columns = height // patch, width // patch
+    return {
+        **inputs,
+        "pixel_values": torch.randn(rows * columns, 3 * 2 * patch**2, device=device, dtype=torch.bfloat16),
+        "image_grid_thw": torch.tensor([[1, rows, columns]], device=device),
+        "mm_token_type_ids": (ids == base.config.image_token_id).int(),
+    }
+
+
+@torch.no_grad()
+def published_shape(device: str, name: str, repeats: int = 7) -> str:
+    """Ratios of prefill time and of peak memory, and whether the fresh graft is its base."""
+    if device == "cpu":
+        raise Skipped("needs CUDA")
+    family, settings, *_ = PUBLISHED[name]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **settings)
+    with torch.device(device):
+        base = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16).eval()
+    inputs = published_inputs(base, name, device)
+    figures, logits = {}, {}
+    for kind in ("base", "graft"):
+        model = base if kind == "base" else ASEForConditionalGeneration.from_mllm_pretrained(base).to(device).eval()
+        torch.cuda.reset_peak_memory_stats()
+        logits[kind] = model(**inputs, logits_to_keep=1).logits
+        figures[kind] = seconds(partial(model, **inputs, logits_to_keep=1), repeats), torch.cuda.max_memory_allocated()
+    if not torch.equal(logits["base"], logits["graft"]):
+        raise AssertionError("the logits differ")
+    (time_base, memory_base), (time_graft, memory_graft) = figures["base"], figures["graft"]
+    return (
+        f"bit for bit; prefill {1000 * time_base:.1f} ms, x {time_graft / time_base:.3f}; "
+        f"peak {memory_base / 2**30:.1f} GiB, x {memory_graft / memory_base:.3f}"
+    )
+
+
+@torch.no_grad()
+def bundled_model_captions(device: str) -> str:
+    folder = EXAMPLES / "ase-mini"
+    processor = AutoProcessor.from_pretrained(folder)
+    processor.tokenizer.padding_side = "left"
+    model = AutoModelForImageTextToText.from_pretrained(folder).to(device).eval()
+    photos = [Image.open(file).convert("RGB") for file in sorted((EXAMPLES / "photos").glob("*.jpg"))]
+    inputs = processor(
+        images=photos, text=[processor.critique_prompt()] * len(photos), return_tensors="pt", padding=True
+    )
+    inputs = inputs.to(device)
+    model.generate(**inputs, max_new_tokens=2)
+    start = time.perf_counter()
+    model.generate(**inputs, do_sample=False).cpu()
+    return f"{len(photos) / (time.perf_counter() - start):.1f} photographs a second in one batch"
+
+
+# The table -------------------------------------------------------------------------------------------------------
+
+
+def checks(device: str) -> dict[str, Callable[[], str]]:
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for attention in ("eager", "sdpa", "flash_attention_2"):
+            name = f"fresh graft, {str(dtype).removeprefix('torch.')}, {attention}"
+            found[name] = lambda attention=attention, dtype=dtype: fresh_graft_is_its_base(device, attention, dtype)
+    found["torch.compile"] = lambda: compiled_is_plain(device, None)
+    found["torch.compile with CUDA graphs"] = lambda: compiled_is_plain(device, "reduce-overhead")
+    found["the added part and the host"] = lambda: added_part_waits_for_nothing(device)
+    found["generate()"] = lambda: generates_as_step_by_step(device)
+    found["training step with checkpointing, autocast"] = lambda: trains_with_checkpointing(device)
+    found["device map over CPU and GPU"] = lambda: splits_over_cpu_and_gpu(device)
+    found["8-bit loading"] = lambda: loads_in_8_bit(device)
+    for name in SHAPES:
+        found[f"shape of {name}, bfloat16"] = lambda name=name: published_shape(device, name)
+    found["ase-mini"] = lambda: bundled_model_captions(device)
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="default: %(default)s")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="where to write the table")
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("There is no CUDA device: nothing was checked.")
+        return 0
+    torch.backends.cuda.matmul.allow_tf32 = False
+    device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+    table = f"{device}, torch {torch.__version__}, transformers {transformers.__version__}\n\n| check | result |\n|---|---|\n"
+    failed = False
+    for name, check in checks(args.device).items():
+        try:
+            result = check()
+        except Skipped as why:
+            result = f"skipped: {why}"
+        except Exception as error:
+            failed, result = (
+                True,
+                f"FAILED: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            )
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+        print(f"{name}: {result}", flush=True)
+        table += f"| {name} | {result} |\n"
+    if args.record:
+        args.record.write_text(table, encoding="utf-8")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
