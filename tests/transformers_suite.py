@@ -4,8 +4,9 @@ The common tests of transformers, as its source distribution ships them, on our 
     pip install parameterized==0.9.0
     python tests/transformers_suite.py
 
-Fetches the distribution of the installed version, or takes the folder `tests` of an unpacked one. Prints what LLaVA
-passes and ours fails or skips, and exits with 1 if anything fails. Not a part of `pytest`.
+Fetches the distribution of the installed version, or takes the folder `tests` of an unpacked one, or of a clone, which
+has the generation tests too. Prints what LLaVA passes and ours fails or skips, and exits with 1 if anything fails. Not a
+part of `pytest`.
 """
 
 import argparse
@@ -189,7 +190,8 @@ def lay_out(shipped: Path, folder: Path):
     ours = {name: text.format(tests=str(here)) for name, text in ours.items()}
     photo = str(next((here.parent / "examples" / "photos").glob("*.jpg")))
     fetched = {"../utils/fetch_hub_objects_for_ci.py": f"def url_to_local_path(url): return {photo!r}\n"}
-    for name, text in {**LEFT_OUT, **ours, **fetched}.items():
+    left_out = {name: text for name, text in LEFT_OUT.items() if not (tests / name).exists()}
+    for name, text in {**left_out, **ours, **fetched}.items():
         path = tests / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
