@@ -9,6 +9,7 @@ import inspect
 import math
 import re
 import threading
+import warnings
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, make_dataclass
@@ -1200,6 +1201,9 @@ class ASEModel(ASEPreTrainedModel):
         self.mllm = mllm
         self.input_modalities = mllm.input_modalities
         self.forward = _signed_as(self.forward, mllm.base_model.forward)
+        for name in ("get_rope_index", "get_video_features"):  # servers that hold the body alone look for these
+            if hasattr(mllm.base_model, name):
+                setattr(self, name, getattr(mllm.base_model, name))
         encoder = find_image_encoder(mllm)
         config.fusion_layers = _resolve_fusion_layers(config.fusion_layers, encoder)
         self.iasm = ImageAestheticSaliencyModule(config.iasm_config)
@@ -1259,16 +1263,6 @@ class ASEModel(ASEPreTrainedModel):
     @property
     def language_model(self) -> nn.Module:
         return self.mllm.get_decoder()
-
-    # Servers that hold the body alone look for these; as properties they are only there where the base has them.
-
-    @property
-    def get_rope_index(self) -> Callable:
-        return self.mllm.base_model.get_rope_index
-
-    @property
-    def get_video_features(self) -> Callable:
-        return self.mllm.base_model.get_video_features
 
     @property
     def vision_tower(self) -> nn.Module:
@@ -1391,6 +1385,8 @@ def _signed_as(method: MethodType, base: Callable) -> MethodType:
         given = {**kwargs, **dict(zip(names, args))}
         if name in names and other in given:
             cache = given.pop(other)
+            if name not in given and name == "cache" and not torch.compiler.is_compiling():
+                warnings.warn(f"`{other}` is deprecated: transformers calls it `{name}`.", FutureWarning, stacklevel=2)
             # NOTE: PEFT 0.21 puts its prefix beside the still empty cache, each under one of the names
             if given.get(name) is None or not given[name].get_seq_length():
                 given[name] = cache

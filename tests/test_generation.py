@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+import warnings
 from collections.abc import Callable
 from threading import Thread
 from typing import Any
@@ -763,3 +764,16 @@ def test_servers_find_positions_and_videos_where_the_base_has_them():
             assert hasattr(body, method) == hasattr(base.base_model, method)
             if hasattr(body, method):
                 assert getattr(body, method) == getattr(base.base_model, method)
+
+
+def test_the_cache_s_old_name_warns_as_the_base_does(family, base, model):
+    inputs = prompt(family)
+    for one in (base, model, model.model):
+        if "cache" not in inspect.signature(one.forward).parameters:
+            pytest.skip("this transformers knows one name")
+        with pytest.warns(FutureWarning, match="`past_key_values` is deprecated"):
+            old = one(**inputs, past_key_values=DynamicCache(), use_cache=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            new = one(**inputs, cache=DynamicCache(), use_cache=True)
+        assert old.cache.get_seq_length() == new.cache.get_seq_length() == inputs["input_ids"].shape[1]
