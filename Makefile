@@ -1,6 +1,6 @@
 # make caption [PHOTOS=folder]   captions photographs with the bundled model and writes captions/gallery.html
 # make test                      sets everything up and runs all tests
-# make test-oldest              a core of the tests on the oldest transformers that is supported
+# make test-oldest               a core of the tests on the oldest transformers that is supported
 # make lint                      ruff, as CI runs it
 
 PYTHON ?= python3
@@ -18,7 +18,7 @@ test: .venv/test.ready
 	$(BIN)/python -m pytest --quiet
 
 test-oldest: .venv/test.ready
-	$(BIN)/python tests/versions.py 5.19.0
+	$(BIN)/python tests/versions.py --oldest
 
 lint: .venv/lint.ready
 	$(BIN)/ruff check --config .ci/ruff.toml .

@@ -1,7 +1,8 @@
 """
 Runs a core of the tests under other versions of transformers than the installed one.
 
-    python tests/versions.py 5.19.0        # one version, as CI does with the oldest
+    python tests/versions.py --oldest      # as CI does
+    python tests/versions.py 5.22.0        # this one
     python tests/versions.py --record      # all of them, and the README's table of what was run
 
 Each version gets an environment of its own under .venv/transformers that shares all else with this one.
@@ -92,9 +93,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("versions", nargs="*", default=VERSIONS, help="default: %(default)s")
     parser.add_argument("--record", action="store_true", help="write the table into the README")
+    parser.add_argument("--oldest", action="store_true", help="the oldest of them alone")
     args = parser.parse_args()
     lines, passed = [], True
-    for version in args.versions:
+    for version in VERSIONS[:1] if args.oldest else args.versions:
         good, line = run(version)
         print(f"transformers {version}: {line}", flush=True)
         lines.append((version, line))
