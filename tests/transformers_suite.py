@@ -1,11 +1,12 @@
 """
-The common tests of transformers, as its source distribution ships them, on our classes and on LLaVA's own.
+The common tests of transformers, as its source distribution ships them, on our classes and on those of the bases inside:
+LLaVA and Qwen2-VL.
 
     pip install parameterized==0.9.0
     python tests/transformers_suite.py
 
 Fetches the distribution of the installed version, or takes the folder `tests` of an unpacked one, or of a clone, which
-has the generation tests too. Prints what LLaVA passes and ours fails or skips, and exits with 1 if anything fails. Not a
+has the generation tests too. Prints what a base passes and ours fails or skips, and exits with 1 if anything fails. Not a
 part of `pytest`.
 """
 
@@ -23,7 +24,7 @@ import transformers
 
 # what the shipped files import and the distribution leaves out
 LEFT_OUT = {
-    "exporters/test_export.py": "class ExportTesterMixin: pass\n",
+    "exporters/test_export.py": "class ExportTesterMixin: pass\nclass ExportGenerateTesterMixin: pass\n",
     "generation/test_utils.py": "class GenerationTesterMixin: pass\n",
     "utils/test_configuration_utils.py": "config_common_kwargs = {}\n",
     "distributed_testing_utils.py": "run_distributed = None\n",
@@ -37,7 +38,8 @@ from unittest.mock import patch
 sys.path.insert(0, {tests!r})
 import torch
 from conftest import ASPECTS, FUSION, IASM, make_inputs, tiny_config
-from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaModel
+from families import FAMILIES, IMAGE
+from transformers import LlavaForConditionalGeneration, LlavaModel, Qwen2VLForConditionalGeneration, Qwen2VLModel
 
 from ase_mllm import ASEConfig, ASEForConditionalGeneration, ASEModel
 
@@ -48,17 +50,17 @@ from ..test_tensor_parallel_mixin import TensorParallelTesterMixin
 from ..test_training_mixin import TrainingTesterMixin
 
 
-class Tester:
-    """A LLaVA of two layers, inside an ASE model or alone."""
+class LlavaTester:
+    """A base of two layers, inside an ASE model or alone."""
 
     batch_size, seq_length, is_training = 2, 23, True
     hidden_size = image_size = 32
     num_hidden_layers = num_attention_heads = 2
     vocab_size = 99
 
-    def __init__(self, ase):
+    def __init__(self, ase, base_model_class):
         self.ase = ase
-        self.base_model_class = ASEModel if ase else LlavaModel
+        self.base_model_class = ASEModel if ase else base_model_class
         base = self.base_config()
         self.text_config, self.vision_config = base.text_config.to_dict(), base.vision_config.to_dict()
 
@@ -71,17 +73,42 @@ class Tester:
         base = self.base_config()
         return ASEConfig(mllm_config=base, iasm_config=IASM, **FUSION) if self.ase else base
 
+    def inputs(self):
+        return make_inputs()
+
     def prepare_config_and_inputs_for_common(self):
-        return self.get_config(), make_inputs()
+        return self.get_config(), self.inputs()
+
+
+class Qwen2VLTester(LlavaTester):
+    """Images of one patch, for the tests cut every input at the batch's size."""
+
+    def base_config(self):
+        config = FAMILIES["qwen2_vl"].config()
+        config.vision_config.spatial_merge_size, config.vision_config.depth = 1, 2
+        return config
+
+    def inputs(self):
+        inputs = {{name: value for name, value in make_inputs().items() if name != "pixel_values"}}
+        inputs["input_ids"] = torch.randint(20, 99, inputs["input_ids"].shape)
+        inputs["input_ids"][:, 2] = IMAGE
+        vision = self.base_config().vision_config
+        return {{
+            **inputs,
+            "pixel_values": torch.randn(2, 3 * vision.temporal_patch_size * vision.patch_size**2),
+            "image_grid_thw": torch.tensor([[1, 1, 1]] * 2),
+            "mm_token_type_ids": (inputs["input_ids"] == IMAGE).long(),
+        }}
 
 
 class Common(ModelTesterMixin, GenerationTesterMixin, TensorParallelTesterMixin, TrainingTesterMixin):
     _is_composite = True
-    model_tester = None
+    ase = False
+    base_tester, model_tester = LlavaTester, None  # pytest takes names in "test" for tests
 
     def setUp(self):
-        self.model_tester = Tester(self.ase)
-        config_class = ASEConfig if self.ase else LlavaConfig
+        self.model_tester = self.base_tester(self.ase, self.all_model_classes[0])
+        config_class = ASEConfig if self.ase else self.all_model_classes[0].config_class
         self.config_tester = ConfigTester(self, config_class=config_class, has_text_modality=False)
 
     def test_config(self):
@@ -97,12 +124,7 @@ class Common(ModelTesterMixin, GenerationTesterMixin, TensorParallelTesterMixin,
         return inputs
 
 
-class LlavaTest(Common, unittest.TestCase):
-    ase = False
-    all_model_classes = (LlavaModel, LlavaForConditionalGeneration)
-
-
-class ASETest(Common, unittest.TestCase):
+class ASECommon(Common):
     ase = True
     all_model_classes = (ASEModel, ASEForConditionalGeneration)
     test_can_init_all_missing_weights_before_2023 = True  # the year is looked for in the file
@@ -114,6 +136,23 @@ class ASETest(Common, unittest.TestCase):
     def test_reverse_loading_mapping(self):
         # the names in memory are saved, see ASEPreTrainedModel.save_pretrained
         super().test_reverse_loading_mapping(check_keys_were_modified=False, skip_base_model=True)
+
+
+class LlavaTest(Common, unittest.TestCase):
+    all_model_classes = (LlavaModel, LlavaForConditionalGeneration)
+
+
+class ASELlavaTest(ASECommon, unittest.TestCase):
+    pass
+
+
+class Qwen2VLTest(Common, unittest.TestCase):
+    base_tester = Qwen2VLTester
+    all_model_classes = (Qwen2VLModel, Qwen2VLForConditionalGeneration)
+
+
+class ASEQwen2VLTest(ASECommon, unittest.TestCase):
+    base_tester = Qwen2VLTester
 '''
 
 PROCESSORS = '''
@@ -165,7 +204,7 @@ class LlavaTest(Common, unittest.TestCase):
     processor_class = LlavaProcessor
 
 
-class ASETest(Common, unittest.TestCase):
+class ASELlavaTest(Common, unittest.TestCase):
     processor_class = FromParts
 '''
 
@@ -222,6 +261,21 @@ def run(folder: Path, k: str | None) -> dict[str, dict[str, str]]:
     return outcomes(folder / "report.xml")
 
 
+def compare(base: dict[str, str], ours: dict[str, str], name: str) -> int:
+    """Prints where an ASE model does worse than its base alone; returns how many tests fail for it only."""
+    failed = 0
+    for test, expected in base.items():
+        outcome = ours.get(test, "missing")
+        if outcome == "passed" or not expected.startswith(("passed", "skipped")):
+            continue
+        if not outcome.startswith("skipped"):
+            failed += 1
+            print(f"FAILED beside {name}: {test}: {outcome}")
+        elif expected == "passed":
+            print(f"{name} passes {test}, an ASE model of it is {outcome}")
+    return failed
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tests", type=Path, nargs="?", help="the folder `tests` of an unpacked source distribution")
@@ -230,20 +284,11 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         lay_out(args.tests or fetch(Path(folder)), Path(folder))
         found = run(Path(folder), args.k)
-    failed = 0
-    for name, expected in found["LlavaTest"].items():
-        outcome = found["ASETest"].get(name, "missing")
-        if outcome == "passed" or not expected.startswith(("passed", "skipped")):
-            continue
-        if not outcome.startswith("skipped"):
-            failed += 1
-            print(f"FAILED {name}: {outcome}")
-        elif expected == "passed":
-            print(f"{name} passes for LLaVA and is {outcome}")
+    failed = sum(compare(found[base], found[f"ASE{base}"], base) for base in ("LlavaTest", "Qwen2VLTest"))
     for name, tests in found.items():
         counts = [sum(outcome.startswith(kind) for outcome in tests.values()) for kind in ("passed", "skipped")]
         print(f"{name}: {counts[0]} passed, {counts[1]} skipped, {len(tests) - sum(counts)} failed")
-    print(f"{failed} fail here and not for LLaVA")
+    print(f"{failed} fail here and not for the base alone")
     return int(failed > 0)
 
 
