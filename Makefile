@@ -2,6 +2,7 @@
 # make test                      sets everything up and runs all tests
 # make test-oldest               a core of the tests on the oldest transformers that is supported
 # make lint                      ruff, as CI runs it
+# make bundle                    copies the model's code beside the bundled weights, after a change of it
 
 PYTHON ?= python3
 PHOTOS ?= examples/photos
@@ -9,7 +10,7 @@ OUT ?= captions
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint tests/constraints.txt
 
-.PHONY: caption test test-oldest lint clean
+.PHONY: caption test test-oldest lint bundle clean
 
 caption: .venv/examples.ready
 	$(BIN)/python examples/caption_photos.py "$(PHOTOS)" --out "$(OUT)"
@@ -23,6 +24,9 @@ test-oldest: .venv/test.ready
 lint: .venv/lint.ready
 	$(BIN)/ruff check --config .ci/ruff.toml .
 	$(BIN)/ruff format --config .ci/ruff.toml --check .
+
+bundle:
+	cp *_ase.py modeling_iasm.py image_encoders.py photometry.py examples/ase-mini/
 
 clean:
 	rm -rf .venv captions

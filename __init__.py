@@ -9,13 +9,8 @@ from transformers import (
 )
 
 from .configuration_ase import ASEConfig, IASMConfig
-from .modeling_ase import (
-    ASEForConditionalGeneration,
-    ASEModel,
-    ASEPreTrainedModel,
-    ImageAestheticSaliencyModule,
-    SaliencyCrossAttention,
-)
+from .modeling_ase import ASEForConditionalGeneration, ASEModel
+from .modeling_iasm import ASEPreTrainedModel, ImageAestheticSaliencyModule, SaliencyCrossAttention
 from .processing_ase import ASEDataCollator, ASEProcessor, read_photograph
 
 

@@ -13,11 +13,11 @@ Sources, told apart by their names and contents:
     a .json with "images" and their "sentences"    AVA-Captions (Karpathy's form)
     color_lighting.json, composition.json, ...     DPC-Captions
     processed_info_{train,validation,test}.json    RPCD
-    AVA.txt                                        AVA, counts of the ratings 1 to 10
+    AVA.txt                                        AVA, counts of the scores 1 to 10
     a Hub id, or a folder of Parquet files         with an image column
 
 The rows' columns are FEATURES. In your own data: `image` or `file_name`; `captions` (a list) or `caption`; and as you
-like `rating`, `score` or `gt_score` (one number, or ten counts or shares of the ratings 1 to 10), `aspect` (what the
+like `rating`, `score` or `gt_score` (one number, or ten counts or shares of the scores 1 to 10), `aspect` (what the
 captions are about), `caption_weight` (aesthetic relevance, one number or one a caption), `aspect_labels`, `saliency`,
 `image_id`, `split`. A split is otherwise named by the file or a folder (train, validation or val, test).
 
@@ -59,7 +59,7 @@ FEATURES = datasets.Features(
         "caption_weights": datasets.List(datasets.Value("float64")),  # one a caption, or null
         "aspect": datasets.Value("string"),  # what the captions are about; null: everything
         "aspect_score": datasets.Value("float64"),  # of this aspect alone
-        "rating": datasets.List(datasets.Value("float64")),  # ten shares of the ratings 1 to 10, where they are known
+        "score": datasets.List(datasets.Value("float64")),  # ten shares of the scores 1 to 10, where they are known
         "score_mean": datasets.Value("float64"),  # of the photograph, on the scale 1 to 10
         "aspect_labels": datasets.List(datasets.Value("float64")),
         "saliency": datasets.List(datasets.List(datasets.Value("float64"))),
@@ -174,7 +174,7 @@ class SplitReport:
         self.aspects[aspect or "(everything)"] += 1
         if image_id not in self.image_ids and row["score_mean"] is not None:
             self.scores.append(row["score_mean"])
-            self.with_distribution += row["rating"] is not None
+            self.with_distribution += row["score"] is not None
         self.image_ids.add(image_id)
 
     def _is_new(self, *key: str | None) -> bool:
@@ -259,7 +259,7 @@ def to_schema(
     """
     problems: list[str] = []
     captions, weights = read_texts(row, options.max_words, problems)
-    rating, mean = read_rating(row, options.score_range, problems)
+    shares, mean = read_score(row, options.score_range, problems)
     aspect = str(row.get("aspect") or "").strip() or None
     aspect_score = on_scale(row.get("aspect_score"), None, problems, "unparsable aspect score")
     if image is None:
@@ -278,7 +278,7 @@ def to_schema(
         "caption_weights": weights,
         "aspect": aspect,
         "aspect_score": aspect_score,
-        "rating": rating,
+        "score": shares,
         "score_mean": mean,
         "aspect_labels": labels,
         "saliency": saliency,
@@ -312,10 +312,10 @@ def read_texts(row: dict[str, Any], max_words: int, problems: list[str]) -> tupl
     return captions, None if weights is None else [weights[position] for position in kept]
 
 
-def read_rating(
+def read_score(
     row: dict[str, Any], score_range: tuple[float, float] | None, problems: list[str]
 ) -> tuple[list[float] | None, float | None]:
-    """Shares of the ratings 1 to 10 if they are given, and the mean on that scale."""
+    """Shares of the scores 1 to 10 if they are given, and the mean on that scale."""
     value = next((row[name] for name in ("rating", "score", "gt_score") if row.get(name) not in (None, "")), None)
     if not isinstance(value, list):
         return None, on_scale(value, score_range or row.get("score_range"), problems)
@@ -433,7 +433,7 @@ def read_ava(file: Path) -> Iterator[dict[str, Any] | None]:
         for line in lines:
             cells = line.split()
             if len(cells) >= 12:
-                yield {"image": cells[1], "rating": cells[2:12]}
+                yield {"image": cells[1], "score": cells[2:12]}
             elif cells:
                 yield None
 
@@ -462,7 +462,7 @@ def read_json(content: Any, file: Path) -> Iterator[dict[str, Any] | None]:
                     "image": entry["im_paths"],
                     "image_id": entry.get("im_id"),
                     "captions": entry.get("first_level_comments_values"),
-                    "rating": entry.get("mean_score"),
+                    "score": entry.get("mean_score"),
                     "score_range": (0, 1),
                 }
             else:
@@ -478,7 +478,7 @@ def pccd_rows(entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
             "captions": entry.get(aspect),
             "aspect": aspect,
             "aspect_score": score,
-            "rating": entry.get("overall"),
+            "score": entry.get("overall"),
         }
 
 
@@ -685,7 +685,7 @@ def training_rows(
 
     A photograph that has a score but no caption is one row with an empty caption of weight 0.
     """
-    names = ("image", "image_id", "rating", "aspect_labels", "saliency")
+    names = ("image", "image_id", "score", "aspect_labels", "saliency")
     features = datasets.Features(
         {
             **{name: FEATURES[name] for name in names},
@@ -704,7 +704,7 @@ def training_rows(
             for caption, weight in zip(captions or [""], weights or [0.0], strict=True):
                 for name in names:
                     result[name].append(batch[name][i])
-                result["rating"][-1] = batch["rating"][i] or rating_of_mean(batch["score_mean"][i])
+                result["score"][-1] = batch["score"][i] or score_of_mean(batch["score_mean"][i])
                 result["prompt"].append(prompts[batch["aspect"][i]])
                 result["caption"].append(caption)
                 result["caption_weight"].append(weight)
@@ -717,9 +717,9 @@ def training_rows(
     return unread.map(split_up, batched=True, remove_columns=list(FEATURES), features=features)
 
 
-def rating_of_mean(mean: float | None) -> list[float] | None:
+def score_of_mean(mean: float | None) -> list[float] | None:
     """
-    The narrowest shares of the ratings 1 to 10 that have this mean: nothing is known of the spread.
+    The narrowest shares of the scores 1 to 10 that have this mean: nothing is known of the spread.
 
     What is learned by the squared earth mover's distance still gets wide where the score is hard to tell.
     """

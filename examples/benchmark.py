@@ -126,7 +126,7 @@ def count_published(family: str, settings: dict, image_size: tuple[int, int], im
     height, width = image_size
     config = AutoConfig.for_model(family, **settings)
     with torch.device("meta"):
-        model = ASEForConditionalGeneration(ASEConfig.from_mllm_config(config)).requires_grad_(False).model
+        model = ASEForConditionalGeneration(ASEConfig(mllm_config=config)).requires_grad_(False).model
         vision = model.vision_tower
         patches = height * width // patch_side(vision.config) ** 2
         pixels = torch.empty(1, 3, height, width)

@@ -8,7 +8,7 @@ Every arm starts from the same base: the LLaVA inside `examples/ase-mini`, which
 saliency branch taken away. Every arm sees the same pictures in the same order with the same labels, in three parts:
 `--warm-up` samples for the saliency module alone, `--vision-samples` for all but the language model, and `--samples` end
 to end with captions (the base, which has no saliency module, trains its encoder in the first part too). In every arm
-aspect labels and ratings also train a head on the image features that the language model reads. Captions to learn from
+aspect labels and scores also train a head on the image features that the language model reads. Captions to learn from
 have one fixed form (`plain_caption`), so that few of them teach what to see, and so has the one reference. Pictures are
 those of the critique generator, tested on held-out photographs and cut-outs. What a caption says is read from its words
 (`critique_data.named_faults`). The standard `Trainer` trains all.
@@ -21,7 +21,7 @@ those of the critique generator, tested on held-out photographs and cut-outs. Wh
     fusion-*        ASE with one fusion layer: the first, the middle or the last
     all-tokens      ASE whose evidence goes to the encoder and the heads beside its queries; pooled-only: the evidence of
                     the map in place of the queries
-    no-score-loss   ASE without ratings; no-aspect-loss: without aspects for the IASM (control is the one without map)
+    no-score-loss   ASE without scores; no-aspect-loss: without aspects for the IASM (control is the one without map)
     mask            ASE whose map multiplies the patches, in place of the cross-attention
     no-contrast     ASE whose map is made without the maps of what differs; no-subject-photometry: whose geometry token
                     does not measure the subject's light and detail; no-places: whose queries do not know places
@@ -61,13 +61,14 @@ from transformers import (
 )
 
 from ase_mllm import ASEConfig, ASEForConditionalGeneration, ASEProcessor, IASMConfig
-from ase_mllm.modeling_ase import (
+from ase_mllm.modeling_iasm import (
     ImageAestheticSaliencyModule,
     SaliencyCrossAttention,
     aspect_loss,
-    rating_loss,
     saliency_losses,
+    score_loss,
 )
+from ase_mllm.photometry import NUM_GEOMETRY, NUM_MAPS
 
 
 BUNDLE = Path(__file__).parent / "ase-mini"
@@ -107,7 +108,7 @@ PLACED = ("placement", "depth", "subject sharpness")  # what has a place in the 
 
 def make_pictures(split: str, number: int, folder: Path, sources: Path | None) -> None:
     """Draws the pictures once, as every arm and every epoch sees them: `image` is uint8 `(n, 3, 192, 192)`."""
-    columns = {"image": [], "aspect_labels": [], "rating": [], "saliency": [], "composite": []}
+    columns = {"image": [], "aspect_labels": [], "score": [], "saliency": [], "composite": []}
     for row in critique_dataset(split, number, seed=0, sources=load_sources(split, sources)):
         image = np.array(row["image"].resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))
         for name, values in columns.items():
@@ -164,7 +165,7 @@ class Collator:
         """Pictures and truth, for the saliency module alone."""
         return {
             "pixel_values": self.pixels(rows),
-            "rating_targets": torch.stack([row["rating"] for row in rows]),
+            "score_targets": torch.stack([row["score"] for row in rows]),
             "aspect_targets": torch.stack([row["aspect_labels"] for row in rows]),
             "saliency_targets": torch.stack([row["saliency"] for row in rows]),
         }
@@ -174,7 +175,7 @@ class Collator:
 
 
 class Learner(nn.Module):
-    """A model with a head for aspects and ratings on the image features that its language model reads."""
+    """A model with a head for aspects and scores on the image features that its language model reads."""
 
     def __init__(self, mllm: PreTrainedModel):
         super().__init__()
@@ -187,14 +188,14 @@ class Learner(nn.Module):
     def forward(
         self,
         pixel_values: torch.Tensor,
-        rating_targets: torch.Tensor,
+        score_targets: torch.Tensor,
         aspect_targets: torch.Tensor,
         saliency_targets: torch.Tensor,
         **inputs: Any,
     ) -> dict[str, Any]:
         """Without `input_ids`, what can be learned without captions."""
         added = isinstance(self.mllm, ASEForConditionalGeneration)
-        targets = {"rating_targets": rating_targets, "aspect_targets": aspect_targets}
+        targets = {"score_targets": score_targets, "aspect_targets": aspect_targets}
         maps = {"saliency_targets": saliency_targets}
         if inputs.get("input_ids") is not None:
             outputs = self.mllm(pixel_values=pixel_values, **inputs, **(targets | maps if added else {}))
@@ -208,7 +209,7 @@ class Learner(nn.Module):
         features = self.norm(torch.cat(list(features)).reshape(len(pixel_values), -1))
         aspects, scores = self.aspects(features), self.scores(features)
         loss = loss + WEIGHTS["aspect_loss_weight"] * aspect_loss(aspects, aspect_targets)
-        return {"loss": loss + WEIGHTS["score_loss_weight"] * rating_loss(scores, rating_targets), "aspects": aspects}
+        return {"loss": loss + WEIGHTS["score_loss_weight"] * score_loss(scores, score_targets), "aspects": aspects}
 
 
 def base_checksum() -> str:
@@ -259,12 +260,12 @@ def graft(arm: str, base: LlavaForConditionalGeneration, processor: ASEProcessor
     if arm in TOKENS:
         give_tokens(iasm, TOKENS[arm])
     if arm == "no-contrast":
-        silence(iasm.map_pyramid.photometry, slice(iasm.num_maps, None), dim=1)
+        silence(iasm.map_pyramid.photometry_projection, slice(NUM_MAPS, None), dim=1)
     if arm == "no-subject-photometry":
-        silence(iasm.geometry, slice(iasm.num_geometry, None), dim=1)
+        silence(iasm.geometry, slice(NUM_GEOMETRY, None), dim=1)
     if arm == "no-places":
-        silence(iasm.places, slice(None), dim=1)
-        iasm.places.bias.requires_grad_(False)
+        silence(iasm.positions, slice(None), dim=1)
+        iasm.positions.bias.requires_grad_(False)
     if arm == "mask":
         width = model.config.vision_config.hidden_size
         for layer in model.config.fusion_layers:
@@ -274,17 +275,17 @@ def graft(arm: str, base: LlavaForConditionalGeneration, processor: ASEProcessor
 
 def untie_tokens(iasm: ImageAestheticSaliencyModule) -> None:
     """Evidence of the whole picture, whatever the map."""
-    gather_evidence = iasm.gather_evidence
+    make_summary_tokens = iasm.make_summary_tokens
 
     def changed(features: torch.Tensor, maps: torch.Tensor, *photometry: torch.Tensor) -> torch.Tensor:
-        return gather_evidence(features, torch.full_like(maps, 1 / maps[0].numel()), *photometry)
+        return make_summary_tokens(features, torch.full_like(maps, 1 / maps[0].numel()), *photometry)
 
-    iasm.gather_evidence = changed
+    iasm.make_summary_tokens = changed
 
 
 def give_tokens(iasm: ImageAestheticSaliencyModule, kept: slice) -> None:
     """Others of evidence and queries, as they leave the last layer, for the encoder and for heads of that size."""
-    make_tokens = iasm.make_tokens
+    make_saliency_tokens = iasm.make_saliency_tokens
     number = len(range(len(iasm.token_types))[kept])
     for name in ("score_head", "aspect_head"):
         head = nn.Linear(number * iasm.config.hidden_size, getattr(iasm, name).out_features)
@@ -294,11 +295,11 @@ def give_tokens(iasm: ImageAestheticSaliencyModule, kept: slice) -> None:
     def changed(*args: torch.Tensor) -> torch.Tensor:
         seen = []
         hook = iasm.layers[-1].register_forward_hook(lambda module, inputs, output: seen.append(output))
-        make_tokens(*args)
+        make_saliency_tokens(*args)
         hook.remove()
         return iasm.norm(seen[0][:, kept])
 
-    iasm.make_tokens = changed
+    iasm.make_saliency_tokens = changed
 
 
 def silence(module: nn.Module, part: slice, dim: int) -> None:

@@ -285,8 +285,8 @@ def limit_drawbacks(faults: dict[str, float], rng: np.random.Generator) -> None:
         del faults[str(fault)]
 
 
-def rating_distribution(faults: dict[str, float], unsure: int, rng: np.random.Generator) -> list[float]:
-    """Shares of the ratings 1..10: a normal distribution whose mean falls with the faults and their strength."""
+def score_distribution(faults: dict[str, float], unsure: int, rng: np.random.Generator) -> list[float]:
+    """Shares of the scores 1..10: a normal distribution whose mean falls with the faults and their strength."""
     mean = BEST_RATING - 0.3 * unsure
     for fault, strength in faults.items():
         penalty = PENALTIES[fault]
@@ -717,7 +717,7 @@ def make_sample(index: int, split: str, seed: int, sources: LoadedSources, **opt
 
     image: PIL RGB. caption, references: text, and five phrasings of the same truth (the caption is the first).
     aspect_labels: 18 floats in the order of FAULTS, 1 present, 0 absent, -1 unknown or not applicable.
-    rating: shares of the ratings 1..10. saliency: float32 (32, 32), the subject's coverage of the whole picture,
+    score: shares of the scores 1..10. saliency: float32 (32, 32), the subject's coverage of the whole picture,
     squashed to a square, all zeros where there is no truth. composite, source, cutout: how it was made.
     strengths: fault -> strength as a multiple of the least that counts as a fault.
     `options` are those of `encode_sample`.
@@ -767,7 +767,7 @@ def encode_sample(
         "caption": references[0],
         "references": references,
         "aspect_labels": labels,
-        "rating": rating_distribution(faults, len(unsure - faults.keys()), rng),
+        "score": score_distribution(faults, len(unsure - faults.keys()), rng),
         "saliency": scene.saliency.astype(np.float32).tolist(),
         "composite": bool(composite),
         "source": photo.id,
@@ -927,7 +927,7 @@ FEATURES = datasets.Features(
         "caption": datasets.Value("string"),
         "references": datasets.List(datasets.Value("string")),
         "aspect_labels": datasets.List(datasets.Value("float32")),
-        "rating": datasets.List(datasets.Value("float64")),
+        "score": datasets.List(datasets.Value("float64")),
         "saliency": datasets.List(datasets.List(datasets.Value("float32"))),
         "composite": datasets.Value("bool"),
         "source": datasets.Value("string"),
@@ -1001,7 +1001,7 @@ def contact_sheet(samples: list[dict[str, Any]], columns: int = 4) -> Image.Imag
     for number, sample in enumerate(samples):
         left, top = number % columns * width, number // columns * height
         sheet.paste(sample["image"], (left + 10, top + 5))
-        mean = sum(share * rating for rating, share in enumerate(sample["rating"], 1))
+        mean = sum(share * score for score, share in enumerate(sample["score"], 1))
         strengths = ", ".join(f"{fault} {strength:.1f}" for fault, strength in sample["strengths"].items())
         lines = textwrap.wrap(f"[{mean:.1f}] {strengths or 'no fault'}", 54) + textwrap.wrap(sample["caption"], 50)
         draw.multiline_text((left + 10, top + 330), "\n".join(lines), "black", font)

@@ -37,7 +37,9 @@ PROTOCOL = "all five references; lower-case words, no punctuation; pycocoevalcap
 @torch.inference_mode()
 def caption_set(model, processor, rows, batch_size: int) -> dict[str, list]:
     """Captions, scores, maps and truths of all rows."""
-    found = {name: [] for name in ("caption", "references", "labels", "composite", "score", "rating", "map", "mask")}
+    found = {
+        name: [] for name in ("caption", "references", "labels", "composite", "score", "true_score", "map", "mask")
+    }
     prompt = processor.critique_prompt()
     for start in tqdm(range(0, len(rows), batch_size)):
         batch = [rows[index] for index in range(start, min(start + batch_size, len(rows)))]
@@ -53,7 +55,7 @@ def caption_set(model, processor, rows, batch_size: int) -> dict[str, list]:
             found["references"].append(row["references"])
             found["labels"].append(dict(zip(FAULTS, row["aspect_labels"])))
             found["composite"].append(row["composite"])
-            found["rating"].append(float(np.dot(row["rating"], np.arange(1, 11))))
+            found["true_score"].append(float(np.dot(row["score"], np.arange(1, 11))))
             found["mask"].append(np.asarray(row["saliency"], dtype=np.float32))
     return found
 
@@ -131,7 +133,7 @@ def measure(model, processor, split_rows: dict, train_rows, batch_size: int) -> 
             "wrong photo": text_scores(found["caption"], shuffled),
             "length ratio": _mean([len(_words(c).split()) for c in found["caption"]])
             / _mean([len(_words(r).split()) for texts in found["references"] for r in texts]),
-            "SRCC": float(spearmanr(found["score"], found["rating"]).statistic),
+            "SRCC": float(spearmanr(found["score"], found["true_score"]).statistic),
             "saliency": saliency_scores(found["map"], found["mask"]),
             "centre bias": centre_bias(found["mask"], centre),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),

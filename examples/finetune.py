@@ -4,7 +4,7 @@ Fine-tunes any vision-language model, or an ASE checkpoint, to critique photogra
     python examples/finetune.py --model examples/ase-mini --data my-photographs --output_dir runs/my-critic
 
 `my-photographs` holds pictures and a metadata.jsonl, one line a picture:
-    {"file_name": "petra.jpg", "caption": "The light is soft, the horizon tilts.", "rating": 6.5}
+    {"file_name": "petra.jpg", "caption": "The light is soft, the horizon tilts.", "score": 6.5}
 aic_data.py says what else is read: PCCD, AVA and others, CSV, Hub data sets, further columns. Without a split
 `validation`, `--validation_share` of the photographs is set aside for it; a split `test` is never looked at.
 
@@ -115,7 +115,7 @@ def parse_arguments() -> tuple[ScriptArguments, TrainingArguments]:
         dataloader_pin_memory=torch.cuda.is_available(),
         label_names=["labels"],
         remove_unused_columns=False,
-        # NOTE: images, ratings and maps may be missing from a process's batch, and frozen parts get no gradient
+        # NOTE: images, scores and maps may be missing from a process's batch, and frozen parts get no gradient
         ddp_find_unused_parameters=True,
     )
     return parser.parse_args_into_dataclasses()

@@ -5,7 +5,7 @@ Trains the bundled model `examples/ase-mini` from nothing but the critique gener
     python examples/train_ase_mini.py --stage all --samples 64 --work runs/look --out runs/look/out    # a look at the machinery
 
 Stages (each starts from what the one before left in `--work`):
-    iasm      the saliency module alone: aspects, ratings, saliency maps
+    iasm      the saliency module alone: aspects, scores, saliency maps
     language  the language model alone: the wording of critiques, no pictures
     joint     the whole model end to end with all loss terms; on two cores faster with
               `torchrun --nproc-per-node 2 examples/train_ase_mini.py --stage joint`
@@ -164,7 +164,7 @@ class SaliencyCollator:
         images = [example["image"] for example in examples]
         return {
             "pixel_values": self.processor.image_processor(images, return_tensors="pt")["pixel_values"],
-            "rating_targets": torch.tensor([example["rating"] for example in examples]),
+            "score_targets": torch.tensor([example["score"] for example in examples]),
             "saliency_targets": torch.stack([torch.as_tensor(example["saliency"]) for example in examples]),
             "aspect_targets": torch.tensor([example["aspect_labels"] for example in examples]),
         }

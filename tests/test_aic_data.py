@@ -86,7 +86,7 @@ def test_pccd(tmp_path):
     assert rows["train"][2]["captions"] == ["The straw is distracting."]
     scores = {row["image_id"]: row["score_mean"] for row in rows["train"]}
     assert scores == {"12_cutters-point": 7, "3_mr.smith": pytest.approx(8.6)}
-    assert all(row["rating"] is None for row in rows["train"])
+    assert all(row["score"] is None for row in rows["train"])
     assert {row["score_mean"] for row in rows["validation"]} == {None} and rows["test"] == []
     train, validation, test = report.splits.values()
     assert train.problems == {"unparsable aspect score": 2, "empty text": 2, "nothing to learn from": 2}
@@ -152,7 +152,7 @@ def test_rpcd(tmp_path):
     assert not report.splits["test"].problems  # nothing was said, nothing is wrong
 
 
-def test_ava_ratings(tmp_path):
+def test_ava_scores(tmp_path):
     _pictures(tmp_path / "images", "953619.jpg", "953958.jpg")
     counts = [0, 1, 5, 17, 38, 36, 15, 6, 5, 1]
     lines = [
@@ -163,7 +163,7 @@ def test_ava_ratings(tmp_path):
     ]
     rows, report = _load(_write(tmp_path / "AVA.txt", "\n".join(lines)), tmp_path / "images")
     row = rows["train"][0]
-    assert row["captions"] == [] and np.allclose(row["rating"], np.array(counts) / 124)
+    assert row["captions"] == [] and np.allclose(row["score"], np.array(counts) / 124)
     assert row["score_mean"] == pytest.approx(np.repeat(np.arange(1, 11), counts).mean())
     assert report.splits["train"].problems == {"missing image": 1, "unreadable row": 1}
     assert report.splits["train"].with_distribution == 2
@@ -199,11 +199,11 @@ def test_a_folder_with_everything_that_can_be_wrong(tmp_path):
     os.truncate(tmp_path / "train" / "cut.jpg", 1500)
     weighted = {"file_name": "more/b.png", "captions": ["One.", " ", "One.", 7], "caption_weight": [1, 2, 0.5, 3]}
     lines = _lines(
-        {"file_name": "a.jpg", "caption": "Nice light.", "rating": 6.5, "aspect": "light"},
-        {**weighted, "rating": "n/a", "aspect_labels": [1, "x"], "saliency": [[0, 1], [1, 0]]},
-        {"file_name": "c.jpg", "rating": [0, 0, 0, 0, 0, 1, 1, 0, 0, 0]},
-        {"file_name": "c.jpg", "rating": 99, "caption": "x " * 12, "caption_weight": [1, 1]},
-        {"file_name": "c.jpg", "rating": float("nan"), "captions": None},
+        {"file_name": "a.jpg", "caption": "Nice light.", "score": 6.5, "aspect": "light"},
+        {**weighted, "score": "n/a", "aspect_labels": [1, "x"], "saliency": [[0, 1], [1, 0]]},
+        {"file_name": "c.jpg", "score": [0, 0, 0, 0, 0, 1, 1, 0, 0, 0]},
+        {"file_name": "c.jpg", "score": 99, "caption": "x " * 12, "caption_weight": [1, 1]},
+        {"file_name": "c.jpg", "score": float("nan"), "captions": None},
         {"file_name": "nowhere.jpg", "caption": "Gone."},
         {"file_name": "z.jpg", "caption": "Beside the test's metadata only."},
         {"file_name": "broken.jpg", "caption": "Damaged."},
@@ -217,10 +217,10 @@ def test_a_folder_with_everything_that_can_be_wrong(tmp_path):
     rows, report = _load(tmp_path, max_words=10, decode_images=True)
     one, two, three, four = rows["train"]
     assert (one["image_id"], one["captions"], one["aspect"]) == ("a", ["Nice light."], "light")
-    assert (one["score_mean"], one["rating"]) == (6.5, None)
+    assert (one["score_mean"], one["score"]) == (6.5, None)
     assert (two["image_id"], two["captions"], two["caption_weights"]) == ("more/b", ["One.", "One."], [1, 0.5])
     assert (two["score_mean"], two["aspect_labels"], two["saliency"]) == (None, None, [[0, 1], [1, 0]])
-    assert (three["score_mean"], three["rating"][5]) == (6.5, 0.5)
+    assert (three["score_mean"], three["score"][5]) == (6.5, 0.5)
     assert (four["image_id"], four["score_mean"], four["caption_weights"]) == ("c", None, None)
     assert report.splits["train"].problems == {
         "empty text": 1,
@@ -375,10 +375,10 @@ def test_a_validation_part_is_split_off_by_photograph(tmp_path):
 
 @pytest.mark.parametrize("mean", [1, 5, 5.21, 10])
 def test_a_mean_becomes_a_distribution_with_that_mean(mean):
-    shares = np.array(aic_data.rating_of_mean(mean))
+    shares = np.array(aic_data.score_of_mean(mean))
     assert shares.min() >= 0 and shares.sum() == pytest.approx(1) and (shares > 0).sum() <= 2
     assert shares @ np.arange(1, 11) == pytest.approx(mean)
-    assert aic_data.rating_of_mean(None) is None
+    assert aic_data.score_of_mean(None) is None
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -387,7 +387,7 @@ def test_training_rows_train(tmp_path, streaming):
     rows = _lines(
         {"file_name": "a.jpg", "captions": ["blurred .", "underexposed ."], "caption_weight": [1, 0.5], "score": 6.5},
         {"file_name": "b.jpg", "caption": "wrong .", "aspect": "use_of_camera", "aspect_labels": [0, 1, -1]},
-        {"file_name": "c.jpg", "rating": [1] * 10, "saliency": np.eye(4).tolist()},
+        {"file_name": "c.jpg", "score": [1] * 10, "saliency": np.eye(4).tolist()},
     )
     _write(tmp_path / "metadata.jsonl", rows)
     splits, _ = aic_data.load(tmp_path, streaming=streaming)
@@ -400,13 +400,13 @@ def test_training_rows_train(tmp_path, streaming):
     assert [example["length"] for example in examples] == [2, 2, 2, 0]
     assert examples[0]["prompt"] == processor.critique_prompt()
     assert examples[2]["prompt"] == processor.critique_prompt(aic_data.PROMPTS["use_of_camera"])
-    assert examples[0]["rating"][5:7] == [0.5, 0.5] and examples[2]["rating"] is None
+    assert examples[0]["score"][5:7] == [0.5, 0.5] and examples[2]["score"] is None
     assert aic_data.aspect_prompt(processor, "fine_detail").count("Critique the fine detail of this photograph.") == 1
     if streaming:
         batches = list(DataLoader(rows, batch_size=4, collate_fn=ASEDataCollator(processor)))
     else:
         batches = [ASEDataCollator(processor)(examples)]
-    assert len(batches) == 1 and batches[0]["rating_targets"].sum(-1).tolist() == pytest.approx([1, 1, 0, 1])
+    assert len(batches) == 1 and batches[0]["score_targets"].sum(-1).tolist() == pytest.approx([1, 1, 0, 1])
     assert batches[0]["caption_weights"].tolist() == [1, 0.5, 1, 0]
     assert batches[0]["aspect_targets"].tolist() == [[-1] * 3, [-1] * 3, [0, 1, -1], [-1] * 3]
     outputs = tiny_model()(**batches[0])

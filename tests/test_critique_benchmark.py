@@ -27,7 +27,7 @@ def make_batch(processor, number: int = 2) -> dict[str, torch.Tensor]:
     row = {
         "image": torch.randint(0, 256, (3, 192, 192), generator=generator, dtype=torch.uint8),
         "caption": "The light is too dark",
-        "rating": torch.full((10,), 0.1),
+        "score": torch.full((10,), 0.1),
         "aspect_labels": torch.zeros(len(FAULTS)),
         "saliency": torch.eye(32),
     }
@@ -78,9 +78,9 @@ def test_tokens_that_leave_the_module(name, kept, processor):
 @pytest.mark.parametrize(
     "name, module, part",
     [
-        ("no-contrast", "map_pyramid.photometry", slice(10, None)),
+        ("no-contrast", "map_pyramid.photometry_projection", slice(10, None)),
         ("no-subject-photometry", "geometry.0", slice(24, None)),
-        ("no-places", "places", slice(None)),
+        ("no-places", "positions", slice(None)),
     ],
 )
 def test_inputs_are_silenced(name, module, part, processor):
@@ -143,7 +143,7 @@ def test_without_captions_the_same_is_learned_but_for_the_captions(name, process
     whole = learner.eval()(**batch)
     caption = learner.mllm(**{key: value for key, value in batch.items() if not key.endswith("targets")}).loss
     alone = learner(
-        **{key: value for key, value in batch.items() if key.startswith(("pixel", "rating", "aspect", "sal"))}
+        **{key: value for key, value in batch.items() if key.startswith(("pixel", "score", "aspect", "sal"))}
     )
     torch.testing.assert_close(alone["aspects"], whole["aspects"])
     torch.testing.assert_close(alone["loss"], whole["loss"] - caption)

@@ -21,8 +21,8 @@ def _present(sample: dict) -> set[str]:
     return {fault for fault, label in zip(FAULTS, sample["aspect_labels"], strict=True) if label == 1}
 
 
-def _mean_rating(sample: dict) -> float:
-    return float(np.dot(sample["rating"], np.arange(1, 11)))
+def _mean_score(sample: dict) -> float:
+    return float(np.dot(sample["score"], np.arange(1, 11)))
 
 
 @pytest.mark.parametrize(
@@ -112,12 +112,12 @@ def test_no_source_is_in_both_splits(critique_sources, samples):
         assert not {sample[key] for sample in samples} & ({sample[key] for sample in other} - {""})
 
 
-def test_rating_is_a_distribution_that_falls_with_faults(samples):
+def test_score_is_a_distribution_that_falls_with_faults(samples):
     for sample in samples:
-        assert len(sample["rating"]) == 10 and sum(sample["rating"]) == pytest.approx(1)
+        assert len(sample["score"]) == 10 and sum(sample["score"]) == pytest.approx(1)
     rng = np.random.default_rng(0)
     means = [
-        _mean_rating({"rating": critique_data.rating_distribution(faults, 0, rng)})
+        _mean_score({"score": critique_data.score_distribution(faults, 0, rng)})
         for faults in ({}, {"noisy": 1.0}, {"noisy": 2.0}, {"noisy": 2.0, "blurred": 2.0})
     ]
     assert means == sorted(means, reverse=True)
@@ -244,7 +244,7 @@ def test_the_data_set_gives_the_same_rows_as_the_pool(critique_sources, tmp_path
             "caption",
             "references",
             "aspect_labels",
-            "rating",
+            "score",
             "composite",
             "source",
             "cutout",

@@ -38,7 +38,7 @@ LORA = {
     "target_modules": r".*\.language_model\..*\.(q_proj|v_proj)",
     "modules_to_save": ["iasm", "fusions"],
 }
-# what only a rating and aspect labels teach, and biases of keys, whose gradient is zero
+# what only a score and aspect labels teach, and biases of keys, whose gradient is zero
 UNTAUGHT = ("score_head.weight", "score_head.bias", "aspect_head.weight", "aspect_head.bias", "k_proj.bias")
 TRAINING = {
     "max_steps": 3,
@@ -64,7 +64,7 @@ def rated_examples() -> list[dict]:
         {
             "images": [photo],
             "caption": caption,
-            "rating": generator.dirichlet(np.ones(10)).tolist(),
+            "score": generator.dirichlet(np.ones(10)).tolist(),
             "saliency": generator.random((6, 8)).tolist(),
             "aspect_labels": [1.0, 0.0, -1.0],
             "caption_weight": float(generator.random()),
@@ -160,7 +160,7 @@ def conversations(form: str, rated: bool = False) -> Dataset:
             columns = {"images": row["images"], "messages": question + answer}
         else:
             columns = {"images": row["images"], "prompt": question, "completion": answer}
-        rows.append({**columns, "rating": row["rating"]} if rated else columns)
+        rows.append({**columns, "score": row["score"]} if rated else columns)
     return Dataset.from_list(rows)
 
 
@@ -220,7 +220,7 @@ def test_sft_computes_its_own_loss_and_is_told_what_it_leaves_out(tmp_path):
     """It multiplies the body's hidden states by the head itself, so the saliency terms would vanish silently."""
     options = {"data_collator": ASEDataCollator(tiny_processor()), "remove_unused_columns": False}
     dataset = Dataset.from_list(rated_examples())
-    with pytest.raises(ValueError, match=r"rating_targets.*need `ASEForConditionalGeneration\.forward`"):
+    with pytest.raises(ValueError, match=r"score_targets.*need `ASEForConditionalGeneration\.forward`"):
         sft(seeded_graft(), tmp_path / "theirs", dataset, **options)
 
     class CritiqueTrainer(SFTTrainer):
@@ -518,7 +518,7 @@ def test_what_is_pushed_is_a_whole_repository(push: Callable, hub, tmp_path):
         push(part, "someone/critic", tmp_path / "local")
     folder = hub / "someone" / "critic"
     files = {path.name for path in folder.iterdir()}
-    code = {"configuration_ase.py", "modeling_ase.py", "processing_ase.py"}
+    code = {path.name for path in Path(__file__).parents[1].glob("*.py")} - {"__init__.py"}
     assert files >= code | {"model.safetensors", "config.json", "generation_config.json", "processor_config.json"}
     assert files >= {"tokenizer.json", "chat_template.jinja"}
     assert torch.equal(logits(AutoModelForImageTextToText.from_pretrained(folder)), logits(model))

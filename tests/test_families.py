@@ -10,7 +10,9 @@ from families import FAMILIES, Family, text_inputs
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from ase_mllm import ASEForConditionalGeneration
-from ase_mllm.modeling_ase import SALIENCY_OUTPUTS, SALIENCY_STRIDE, find_image_encoder
+from ase_mllm.image_encoders import find_image_encoder
+from ase_mllm.modeling_ase import SALIENCY_OUTPUTS
+from ase_mllm.photometry import SALIENCY_STRIDE
 
 
 NEW_TOKENS = 4

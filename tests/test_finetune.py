@@ -105,13 +105,13 @@ def shard_on_cpus():
 
 
 def drop_images():
-    """The fourth batch of one process is of text alone and has no ratings."""
-    change_fourth_batch({"pixel_values", "rating_targets"})
+    """The fourth batch of one process is of text alone and has no scores."""
+    change_fourth_batch({"pixel_values", "score_targets"})
 
 
-def drop_ratings():
-    """The fourth batch of one process has no ratings."""
-    change_fourth_batch({"rating_targets"})
+def drop_scores():
+    """The fourth batch of one process has no scores."""
+    change_fourth_batch({"score_targets"})
 
 
 def change_fourth_batch(dropped: set[str]):
@@ -175,9 +175,7 @@ def checkpoint(tmp_path_factory) -> Path:
 def photographs(tmp_path_factory) -> Path:
     """Eight to train on and two to validate on; captions of one length, every one rated."""
     folder = tmp_path_factory.mktemp("photographs")
-    rows = [
-        {"file_name": f"{i:02d}.png", "caption": CAPTIONS[i % len(CAPTIONS)], "rating": 1.0 + i} for i in range(10)
-    ]
+    rows = [{"file_name": f"{i:02d}.png", "caption": CAPTIONS[i % len(CAPTIONS)], "score": 1.0 + i} for i in range(10)]
     write_photographs(folder / "train", rows[:8])
     write_photographs(folder / "validation", rows[8:])
     return folder
@@ -496,9 +494,9 @@ def test_stage_all_trains_everything(one_process, checkpoint):
     assert learning_rates(one_process) == [1e-2, 1e-2, 0.2]
 
 
-@pytest.mark.parametrize(("config", "drop"), [("ddp.yaml", drop_images), ("fsdp2.yaml", drop_ratings)])
+@pytest.mark.parametrize(("config", "drop"), [("ddp.yaml", drop_images), ("fsdp2.yaml", drop_scores)])
 def test_two_processes_train_as_one(config, drop, one_process, checkpoint, photographs, tmp_path):
-    """For three steps. In the fourth one has a batch without images or ratings, for which the other must not wait."""
+    """For three steps. In the fourth one has a batch without images or scores, for which the other must not wait."""
     two = tmp_path / "two"
     launch(config, command(checkpoint, photographs, two, per_device_train_batch_size=2, **STEPS), shard_on_cpus, drop)
     for key in ("loss", "caption_loss", "score_loss", "grad_norm"):

@@ -471,7 +471,7 @@ def fresh_compiler():
 
 
 def nothing_runs() -> bool:
-    return not any(vars(modeling_ase._running).values())
+    return not any(vars(modeling_ase._active).values())
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -480,7 +480,7 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def test_a_compiled_training_step_is_the_plain_one(family, model, fresh_compiler):
     inputs = left_pad(prompt(family, seed=1), prompt(family, words=4, seed=2))
-    targets = {"labels": inputs["input_ids"], "rating_targets": torch.ones(2, 10)}
+    targets = {"labels": inputs["input_ids"], "score_targets": torch.ones(2, 10)}
     model(**inputs)  # transformers hooks its recorders in under a lock, which no graph can hold
     expected = model(**inputs, **targets)
     expected.loss.backward()
@@ -662,7 +662,7 @@ def test_signatures_name_the_inputs_of_the_base(name):
     ]:
         expected = named(theirs)
         assert named(ours)[: len(expected)] == expected
-    assert {"rating_targets", "caption_weights", "num_items_in_batch"} <= set(named(model.forward))
+    assert {"score_targets", "caption_weights", "num_items_in_batch"} <= set(named(model.forward))
 
 
 def test_arguments_by_position_are_those_of_the_base(family, base, model):

@@ -9,18 +9,15 @@ import torch.nn.functional as F
 from conftest import ASPECTS, IASM, IMAGE_TOKENS, make_inputs, tiny_model
 
 from ase_mllm import IASMConfig, ImageAestheticSaliencyModule
-from ase_mllm.modeling_ase import (
+from ase_mllm.modeling_iasm import (
     IASMOutput,
     aspect_loss,
-    contrast_maps,
-    photometric_maps,
-    photometric_statistics,
-    rating_loss,
     saliency_losses,
     saliency_map_loss,
-    subject_statistics,
+    score_loss,
     weighted_caption_loss,
 )
+from ase_mllm.photometry import contrast_maps, photometric_maps, photometric_statistics, subject_statistics
 
 
 def photo(height: int = 64, width: int = 96, seed: int = 0) -> torch.Tensor:
@@ -302,24 +299,24 @@ def test_absolute_light_and_colour_reach_the_tokens(fault):
     for name, parameter in iasm.named_parameters():
         if "laterals" in name:
             parameter.data.zero_()
-    evidence = []
-    gather_evidence = iasm.gather_evidence
-    iasm.gather_evidence = lambda *args: evidence.append(gather_evidence(*args)) or evidence[-1]
+    summary = []
+    make_summary_tokens = iasm.make_summary_tokens
+    iasm.make_summary_tokens = lambda *args: summary.append(make_summary_tokens(*args)) or summary[-1]
     plain = photo(64, 64)
     changed = plain * (0.5 if fault == "dark" else torch.tensor([1.0, 0.9, 0.7]).view(1, 3, 1, 1))
     tokens, other = (iasm(normalised(iasm, pixels)).saliency_tokens for pixels in (plain, changed))
     assert (tokens - other).abs().amax((0, 2)).min() > 1e-3
-    moved = (evidence[0] - evidence[1]).abs().amax((0, 2))
+    moved = (summary[0] - summary[1]).abs().amax((0, 2))
     assert moved[:3].min() > 1e-3  # pooled features
     assert moved[4:].min() > 0.1  # the two of photometry
 
 
-@pytest.mark.parametrize("name", ["evidence", "features"])
-def test_every_token_reads_evidence_and_picture(name):
+@pytest.mark.parametrize("name", ["summary", "features"])
+def test_every_token_reads_summary_and_picture(name):
     iasm, generator = tiny_iasm(), torch.Generator().manual_seed(0)
-    inputs = {"features": torch.randn(1, 32, 8, 8, generator=generator), "evidence": torch.randn(1, 6, 32)}
-    tokens = iasm.make_tokens(**inputs)
-    other = iasm.make_tokens(**inputs | {name: torch.randn(inputs[name].shape, generator=generator)})
+    inputs = {"features": torch.randn(1, 32, 8, 8, generator=generator), "summary": torch.randn(1, 6, 32)}
+    tokens = iasm.make_saliency_tokens(**inputs)
+    other = iasm.make_saliency_tokens(**inputs | {name: torch.randn(inputs[name].shape, generator=generator)})
     assert (tokens - other).abs().amax((0, 2)).min() > 1e-3
 
 
@@ -328,32 +325,32 @@ def test_features_are_pooled_under_the_map_around_it_and_everywhere():
     features = torch.randn(1, 32, 8, 8, generator=torch.Generator().manual_seed(0))
     saliency_map = torch.zeros(1, 8, 8)
     saliency_map[0, 2, 3], saliency_map[0, 5, 5] = 0.75, 0.25
-    pooled = iasm.gather_evidence(features, saliency_map, torch.zeros(1, 10, 8, 8), torch.zeros(1, 115))[0, :3]
+    pooled = iasm.make_summary_tokens(features, saliency_map, torch.zeros(1, 10, 8, 8), torch.zeros(1, 115))[0, :3]
     subject = 0.75 * features[0, :, 2, 3] + 0.25 * features[0, :, 5, 5]
     weights = 1 - saliency_map[0] / 0.75
     ground = (features[0] * weights).sum((1, 2)) / weights.sum()
     torch.testing.assert_close(pooled, torch.stack([subject, ground, features[0].mean((1, 2))]), rtol=1e-4, atol=1e-5)
 
 
-def test_the_place_of_the_map_is_evidence():
+def test_the_place_of_the_map_is_summary():
     iasm = tiny_iasm()
     left, right = torch.zeros(2, 1, 8, 8)
     left[0, 4, 1] = right[0, 4, 6] = 1.0
     rest = torch.zeros(1, 10, 8, 8), torch.zeros(1, 115)
-    evidence = [iasm.gather_evidence(torch.zeros(1, 32, 8, 8), one, *rest) for one in (left, right)]
-    moved = (evidence[0] - evidence[1]).abs().amax((0, 2))
+    summary = [iasm.make_summary_tokens(torch.zeros(1, 32, 8, 8), one, *rest) for one in (left, right)]
+    moved = (summary[0] - summary[1]).abs().amax((0, 2))
     assert moved[3] > 0.1 and moved[[0, 1, 2, 4, 5]].max() == 0
 
 
-def test_light_and_detail_under_the_map_are_evidence():
+def test_light_and_detail_under_the_map_are_summary():
     iasm = tiny_iasm()
     saliency_map, maps = torch.zeros(1, 8, 8), torch.zeros(1, 10, 8, 8)
     saliency_map[0, 2, 3] = 1.0
     lit = maps.clone()
     lit[:, 0, 2, 3] = 1.0
     rest = torch.zeros(1, 32, 8, 8), saliency_map
-    evidence = [iasm.gather_evidence(*rest, planes, torch.zeros(1, 115)) for planes in (maps, lit)]
-    moved = (evidence[0] - evidence[1]).abs().amax((0, 2))
+    summary = [iasm.make_summary_tokens(*rest, planes, torch.zeros(1, 115)) for planes in (maps, lit)]
+    moved = (summary[0] - summary[1]).abs().amax((0, 2))
     assert moved[3] > 0.05 and moved[[0, 1, 2, 4, 5]].max() == 0
 
 
@@ -363,7 +360,7 @@ def test_the_map_is_made_of_what_differs():
     for name, parameter in iasm.map_pyramid.named_parameters():
         if "laterals" in name:
             parameter.data.zero_()
-    iasm.map_pyramid.photometry.weight.data[:, :10] = 0
+    iasm.map_pyramid.photometry_projection.weight.data[:, :10] = 0
     plain, spotted = torch.full((2, 1, 3, 64, 64), 0.4)
     spotted[..., 16:32, 40:56] = torch.tensor([0.9, 0.5, 0.1]).view(3, 1, 1)
     maps = [iasm(normalised(iasm, pixels)).saliency_maps for pixels in (plain, spotted)]
@@ -375,7 +372,7 @@ def test_queries_know_places():
     iasm = tiny_iasm()
     features = torch.zeros(1, 32, 8, 8)
     features[:, :, :2, :2] = torch.linspace(-1, 1, 32).square().view(1, 32, 1, 1)
-    tokens = [iasm.make_tokens(planes, torch.zeros(1, 6, 32)) for planes in (features, features.flip(-1))]
+    tokens = [iasm.make_saliency_tokens(planes, torch.zeros(1, 6, 32)) for planes in (features, features.flip(-1))]
     assert (tokens[0] - tokens[1]).abs().max() > 1e-3
 
 
@@ -386,7 +383,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def slow_rating_loss(logits: np.ndarray, targets: np.ndarray) -> float:
+def slow_score_loss(logits: np.ndarray, targets: np.ndarray) -> float:
     distances = []
     for row, target in zip(logits, targets):
         if target.sum() == 0:
@@ -396,14 +393,14 @@ def slow_rating_loss(logits: np.ndarray, targets: np.ndarray) -> float:
     return sum(distances) / len(distances)
 
 
-def test_rating_loss_is_the_squared_earth_movers_distance():
+def test_score_loss_is_the_squared_earth_movers_distance():
     logits, targets = random(4, 10), random(4, 10, seed=1).abs()
     targets[2] = 0  # not rated
-    expected = slow_rating_loss(logits.double().numpy(), targets.double().numpy())
-    assert rating_loss(logits, targets).item() == pytest.approx(expected, rel=1e-5)
+    expected = slow_score_loss(logits.double().numpy(), targets.double().numpy())
+    assert score_loss(logits, targets).item() == pytest.approx(expected, rel=1e-5)
     certain = torch.eye(10)[[3]]
-    assert rating_loss(certain * 100, certain).item() == pytest.approx(0, abs=1e-9)
-    near, far = (rating_loss(torch.eye(10)[[i]] * 100, certain).item() for i in (4, 9))
+    assert score_loss(certain * 100, certain).item() == pytest.approx(0, abs=1e-9)
+    near, far = (score_loss(torch.eye(10)[[i]] * 100, certain).item() for i in (4, 9))
     assert near == pytest.approx(0.1) and far == pytest.approx(0.6)
 
 
@@ -450,7 +447,7 @@ def test_aspect_loss_is_the_cross_entropy_of_what_is_known():
 @pytest.mark.parametrize(
     ("loss", "predicted", "nothing"),
     [
-        (rating_loss, random(2, 10), torch.zeros(2, 10)),
+        (score_loss, random(2, 10), torch.zeros(2, 10)),
         (saliency_map_loss, random(2, 4, 4), torch.zeros(2, 4, 4)),
         (aspect_loss, random(2, 3), -torch.ones(2, 3)),
     ],
@@ -464,8 +461,8 @@ def test_without_any_truth_a_term_is_zero_and_so_is_its_gradient(loss, predicted
 
 
 def test_targets_of_the_wrong_shape_are_refused_with_the_shapes():
-    with pytest.raises(ValueError, match=r"`rating_targets` has shape \(2, 5\), the model predicts \(2, 10\)"):
-        rating_loss(torch.zeros(2, 10), torch.ones(2, 5))
+    with pytest.raises(ValueError, match=r"`score_targets` has shape \(2, 5\), the model predicts \(2, 10\)"):
+        score_loss(torch.zeros(2, 10), torch.ones(2, 5))
     with pytest.raises(
         ValueError, match=r"`aspect_targets` has 1 rows for 2 images; .*tiles.* let it leave them whole"
     ):
@@ -489,16 +486,16 @@ def training_inputs(batch_size: int = 2) -> dict[str, torch.Tensor]:
     return {
         **inputs,
         "labels": labels,
-        "rating_targets": torch.rand(batch_size, 10, generator=generator),
+        "score_targets": torch.rand(batch_size, 10, generator=generator),
         "saliency_targets": torch.rand(batch_size, 16, 16, generator=generator),
         "aspect_targets": torch.randint(0, 2, (batch_size, 3), generator=generator).float(),
     }
 
 
-TERMS = {"rating_targets": "score_loss", "saliency_targets": "saliency_loss", "aspect_targets": "aspect_loss"}
+TERMS = {"score_targets": "score_loss", "saliency_targets": "saliency_loss", "aspect_targets": "aspect_loss"}
 
 
-@pytest.mark.parametrize("given", [[], ["rating_targets"], ["saliency_targets"], ["aspect_targets"], list(TERMS)])
+@pytest.mark.parametrize("given", [[], ["score_targets"], ["saliency_targets"], ["aspect_targets"], list(TERMS)])
 @pytest.mark.parametrize("with_labels", [True, False])
 def test_each_term_counts_where_its_targets_are_given(given, with_labels):
     inputs = training_inputs()
@@ -510,7 +507,7 @@ def test_each_term_counts_where_its_targets_are_given(given, with_labels):
     if with_labels:
         inputs["labels"] = labels
     outputs = model(**inputs)
-    weights = {"rating_targets": 2.0, "saliency_targets": 0.5, "aspect_targets": 1.0}
+    weights = {"score_targets": 2.0, "saliency_targets": 0.5, "aspect_targets": 1.0}
     parts = [weights[name] * outputs[TERMS[name]] for name in given]
     for name, term in TERMS.items():
         assert (getattr(outputs, term) is not None) == (name in given)
@@ -531,8 +528,8 @@ NAN, INFINITE = float("nan"), float("inf")
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("rating_targets", torch.full((2, 10), NAN), "`rating_targets` takes finite numbers from 0, got nan"),
-        ("rating_targets", torch.full((2, 10), -1.0), "got -1 to -1"),
+        ("score_targets", torch.full((2, 10), NAN), "`score_targets` takes finite numbers from 0, got nan"),
+        ("score_targets", torch.full((2, 10), -1.0), "got -1 to -1"),
         ("saliency_targets", torch.full((2, 8, 8), -0.5), "`saliency_targets` takes finite numbers from 0, got -0.5"),
         ("saliency_targets", torch.full((2, 8, 8), INFINITE), "`saliency_targets` takes finite numbers"),
         ("aspect_targets", torch.full((2, 3), 1.5), "`aspect_targets` takes finite numbers up to 1, got 1.5"),
@@ -547,9 +544,9 @@ def test_impossible_targets_are_refused_with_the_numbers(name, value, message):
         tiny_model()(**inputs, labels=inputs["input_ids"], **{name: value})
 
 
-@pytest.mark.parametrize("name", ["rating_target", "score_targets", "aspects_targets", "caption_weight"])
+@pytest.mark.parametrize("name", ["score_target", "rating_targets", "aspects_targets", "caption_weight"])
 def test_a_misspelt_target_is_refused(name):
-    with pytest.raises(TypeError, match=f"{name}.* no targets of this model, which takes .*rating_targets"):
+    with pytest.raises(TypeError, match=f"{name}.* no targets of this model, which takes .*score_targets"):
         tiny_model()(**make_inputs(), **{name: torch.ones(2, 10)})
 
 
@@ -567,15 +564,15 @@ def test_targets_without_an_image_are_refused():
     inputs["input_ids"] = torch.full((2, 5), 7)
     for name in ("labels", "attention_mask", "aspect_targets"):
         inputs.pop(name)
-    with pytest.raises(ValueError, match=r"\['rating_targets', 'saliency_targets'\] are given, but no image was"):
+    with pytest.raises(ValueError, match=r"\['saliency_targets', 'score_targets'\] are given, but no image was"):
         tiny_model()(**inputs)
 
 
-def test_ratings_of_some_samples_only():
+def test_scores_of_some_samples_only():
     inputs = training_inputs()
     model = tiny_model()
     alone = model(**{name: tensor[:1] for name, tensor in inputs.items()})
-    inputs["rating_targets"][1] = 0
+    inputs["score_targets"][1] = 0
     inputs["saliency_targets"][1] = 0
     inputs["aspect_targets"][1] = -1
     together = model(**inputs)

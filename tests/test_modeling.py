@@ -31,7 +31,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from ase_mllm import ASEConfig, ASEForConditionalGeneration, IASMConfig, modeling_ase
+from ase_mllm import ASEConfig, ASEForConditionalGeneration, IASMConfig, modeling_ase, modeling_iasm
 
 
 ENCODERS = ["clip", "siglip"]
@@ -264,7 +264,7 @@ def test_outputs_are_those_of_transformers():
 
 def test_bfloat16_is_finite_with_open_gates():
     model = tiny_model().to(torch.bfloat16)
-    outputs = model(**make_inputs(), labels=make_inputs()["input_ids"], rating_targets=torch.ones(2, 10))
+    outputs = model(**make_inputs(), labels=make_inputs()["input_ids"], score_targets=torch.ones(2, 10))
     for name in ("logits", "loss", "score_loss", "saliency_maps", "score_logits", "aspect_logits"):
         assert outputs[name].isfinite().all(), name
     torch.testing.assert_close(outputs.saliency_maps.sum((1, 2)), torch.ones(2))
@@ -281,7 +281,7 @@ def full_targets(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     labels[:, : 1 + IMAGE_TOKENS] = -100
     return {
         "labels": labels,
-        "rating_targets": torch.rand(2, 10, generator=generator),
+        "score_targets": torch.rand(2, 10, generator=generator),
         "saliency_targets": torch.rand(2, 40, 40, generator=generator),
         "aspect_targets": torch.tensor([[0.0, 1.0, -1.0], [1.0, 1.0, 0.0]]),
     }
@@ -360,8 +360,8 @@ def eager_calls(monkeypatch) -> list[str]:
         calls.append(type(module.config).__name__)
         return eager(module, *args, **kwargs)
 
-    eager = modeling_ase.eager_attention_forward
-    monkeypatch.setattr(modeling_ase, "eager_attention_forward", spy)
+    eager = modeling_iasm.eager_attention_forward
+    monkeypatch.setattr(modeling_iasm, "eager_attention_forward", spy)
     return calls
 
 
@@ -493,7 +493,7 @@ def test_static_cache_and_chunked_prefill_write_the_same_tokens():
 
 
 def context_is_clear() -> bool:
-    return not any(vars(modeling_ase._running).values())
+    return not any(vars(modeling_ase._active).values())
 
 
 def attributes(model: torch.nn.Module) -> dict[str, dict[str, object]]:

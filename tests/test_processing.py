@@ -323,13 +323,13 @@ def test_long_captions_are_cut_and_long_prompts_refused(processor):
 def test_missing_targets_are_marked_as_such(processor):
     rated, plain = examples()
     rated |= {
-        "rating": [0, 0, 0, 0, 0.5, 0.5, 0, 0, 0, 0],
+        "score": [0, 0, 0, 0, 0.5, 0.5, 0, 0, 0, 0],
         "saliency": np.eye(4),
         "aspect_labels": [1, 0, -1],
         "caption_weight": 0.25,
     }
     batch = ASEDataCollator(processor)([plain, rated])
-    assert batch["rating_targets"].tolist() == [[0.0] * 10, rated["rating"]]
+    assert batch["score_targets"].tolist() == [[0.0] * 10, rated["score"]]
     assert torch.equal(batch["saliency_targets"], torch.stack([torch.zeros(4, 4), torch.eye(4)]))
     assert batch["aspect_targets"].tolist() == [[-1.0] * 3, [1.0, 0.0, -1.0]]
     assert batch["caption_weights"].tolist() == [1.0, 0.25]
@@ -351,8 +351,8 @@ NAN = float("nan")
 @pytest.mark.parametrize(
     ("column", "value", "message"),
     [
-        ("rating", [NAN] * 10, "`rating` takes finite numbers at least 0, got nan"),
-        ("rating", [-1, *[0.2] * 9], "got -1 to 0.2"),
+        ("score", [NAN] * 10, "`score` takes finite numbers at least 0, got nan"),
+        ("score", [-1, *[0.2] * 9], "got -1 to 0.2"),
         ("saliency", [[1.0, -0.5], [0, 0]], "`saliency` takes finite numbers at least 0, got -0.5 to 1"),
         ("saliency", [[1.0, float("inf")]], "`saliency` takes finite numbers"),
         ("aspect_labels", [0, 1.5, -1], "`aspect_labels` takes finite numbers .*, got -1 to 1.5"),
@@ -379,11 +379,11 @@ def test_columns_that_were_taken_away_are_missed(processor):
 
 
 def test_samples_of_text_alone_train(processor):
-    text = {"images": [], "prompt": "what is good ?", "caption": "blurred", "rating": np.eye(10)[3]}
+    text = {"images": [], "prompt": "what is good ?", "caption": "blurred", "score": np.eye(10)[3]}
     model = tiny_model()
     for batch, images in (([text, text], 0), ([text], 0), ([text, examples()[0]], 1)):
         inputs = ASEDataCollator(processor)(batch)
-        assert ("pixel_values" in inputs) == ("rating_targets" in inputs) == bool(images)
+        assert ("pixel_values" in inputs) == ("score_targets" in inputs) == bool(images)
         outputs = model(**inputs)
         assert outputs.loss.isfinite() and (outputs.score_logits is not None) == bool(images)
 
@@ -393,13 +393,13 @@ def test_several_images_a_sample(processor):
         "images": [photo(), photo("navy")],
         "prompt": "<image> <image> what is wrong ?",
         "caption": "blurred",
-        "rating": np.eye(10)[4],
+        "score": np.eye(10)[4],
     }
     batch = ASEDataCollator(processor)([two, examples()[0]])
     assert batch["pixel_values"].shape[0] == 3
     assert (batch["input_ids"] == processor.image_token_id).sum(1).tolist() == [2 * IMAGE_TOKENS, IMAGE_TOKENS]
-    assert batch["rating_targets"].argmax(1).tolist() == [4, 4, 0]
-    assert batch["rating_targets"].sum(1).tolist() == [1, 1, 0]
+    assert batch["score_targets"].argmax(1).tolist() == [4, 4, 0]
+    assert batch["score_targets"].sum(1).tolist() == [1, 1, 0]
     outputs = tiny_model()(**batch)
     assert outputs.saliency_maps.shape[0] == 3 and outputs.loss.isfinite()
 
@@ -592,13 +592,13 @@ def test_overlay_colours_hot_places_and_keeps_cold_ones(processor):
         processor.overlay_saliency(photo(size=(10, 20)), heat)
 
 
-def test_scores_are_means_and_deviations_of_ratings(processor):
+def test_scores_are_means_and_deviations_of_the_shares(processor):
     shares = torch.tensor([[0.1, 0, 0, 0.2, 0, 0.3, 0, 0, 0.4, 0], [0] * 9 + [1.0]])
     scores = processor.post_process_scores(outputs_of(score_logits=(shares + 1e-12).log()))
-    ratings = np.repeat(np.arange(1, 11), (shares[0] * 10).int())
+    scale = np.repeat(np.arange(1, 11), (shares[0] * 10).int())
     assert scores[0] == {
-        "mean": pytest.approx(ratings.mean(), abs=1e-4),
-        "std": pytest.approx(ratings.std(), abs=1e-4),
+        "mean": pytest.approx(scale.mean(), abs=1e-4),
+        "std": pytest.approx(scale.std(), abs=1e-4),
     }
     assert scores[1] == {"mean": pytest.approx(10), "std": pytest.approx(0, abs=1e-3)}
     flat = processor.post_process_scores(outputs_of(score_logits=torch.zeros(1, 10)))

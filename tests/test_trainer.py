@@ -37,11 +37,11 @@ def examples(targets: bool = True) -> list[dict]:
     rows = [{"image": photo(i), "caption": caption} for i, caption in enumerate(CAPTIONS)]
     if targets:
         for row in rows:
-            row["rating"] = generator.dirichlet(np.ones(10)).tolist()
+            row["score"] = generator.dirichlet(np.ones(10)).tolist()
             row["saliency"] = generator.random((6, 8)).tolist()
             row["aspect_labels"] = generator.integers(-1, 2, 3).astype(float).tolist()
             row["caption_weight"] = float(generator.random())
-        rows[1] |= {"rating": None, "saliency": None, "aspect_labels": None, "caption_weight": None}
+        rows[1] |= {"score": None, "saliency": None, "aspect_labels": None, "caption_weight": None}
     return rows
 
 
@@ -127,7 +127,7 @@ def test_a_checkpoint_is_a_whole_folder(tmp_path):
 
 def test_gradient_accumulation_is_one_large_batch(tmp_path):
     """With captions of different length, and every term of the loss given for every sample."""
-    rows = [row for row in examples() if row["rating"] is not None][:4]
+    rows = [row for row in examples() if row["score"] is not None][:4]
     for row in rows:
         row["aspect_labels"], row["caption"] = [1.0, 0.0, 1.0], "good , wrong ."
     results = []
@@ -179,7 +179,7 @@ def test_a_datasets_dataset_feeds_the_trainer(tmp_path):
         {
             "image": Image(),
             "caption": Value("string"),
-            "rating": List(Value("float32")),
+            "score": List(Value("float32")),
             "saliency": List(List(Value("float32"))),
             "aspect_labels": List(Value("float32")),
             "caption_weight": Value("float32"),
@@ -306,7 +306,7 @@ def test_evaluation_gathers_batches_of_other_image_sizes(tmp_path):
 
     def collate(examples: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         batch = family.inputs(examples)
-        return {**batch, "labels": batch["input_ids"], "rating_targets": torch.full((len(examples), 10), 0.1)}
+        return {**batch, "labels": batch["input_ids"], "score_targets": torch.full((len(examples), 10), 0.1)}
 
     gathered = []
     trainer = Trainer(

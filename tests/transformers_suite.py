@@ -119,7 +119,7 @@ class Common(ModelTesterMixin, GenerationTesterMixin, TensorParallelTesterMixin,
         if return_labels and model_class is not self.all_model_classes[0]:
             inputs["labels"] = inputs["input_ids"]
             if self.ase:  # so that every head has something to learn
-                inputs["rating_targets"] = torch.full((2, 10), 0.1)
+                inputs["score_targets"] = torch.full((2, 10), 0.1)
                 inputs["aspect_targets"] = torch.ones(2, len(ASPECTS))
         return inputs
 

@@ -15,11 +15,12 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.utils.type_validators import interval
 
 
-# Some of transformers finds models by name in these tables, which registering with an Auto class leaves as they are.
-# NOTE: not in modeling_ase.py: of a folder's own code, only this file and the processor's have run when
-# `transformers serve` looks.
+# What importing changes in transformers, all of it: registering with an Auto class leaves these tables as they are, and
+# servers and pipelines find models by name in them. NOTE: here, because of a folder's own code only this file and the
+# processor's have run when `transformers serve` looks.
 MODEL_MAPPING_NAMES.update({"ase": "ASEModel", "ase_iasm": "ImageAestheticSaliencyModule"})
 MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["ase"] = "ASEForConditionalGeneration"
 MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES["ase"] = "ASEForConditionalGeneration"
@@ -36,14 +37,10 @@ DEFAULT_BACKBONE = {
 class _SavedWithCode(PreTrainedConfig):
     """A configuration whose folder also loads where this package is not installed, with `trust_remote_code=True`."""
 
-    _auto_class = "AutoConfig"  # with it, transformers copies this file and what it imports relatively, here and below
+    _auto_class = "AutoConfig"  # with it, transformers copies this file, and the model's with the model's own
 
     def save_pretrained(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs):
-        # all names each time: one that came from the Hub would still point there
-        self.auto_map = {
-            auto: f"{part.__module__.rsplit('.', 1)[-1]}.{part.__name__}"
-            for auto, part in self._auto_classes().items()
-        }
+        self.auto_map = dict(self._auto_map)  # all names each time: one that came from the Hub would still point there
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -72,11 +69,11 @@ class IASMConfig(_SavedWithCode):
         num_queries:
             Learned aspect queries (colour, light, composition, ...), one saliency token each.
         num_hidden_layers, num_attention_heads:
-            Transformer layers in which the queries read the evidence, at least one.
+            Transformer layers in which the queries read what map and photometry say.
         num_aspects, aspect_names:
             Size and names of the multi-label aspect head; 0 leaves it out.
         score_loss_weight, saliency_loss_weight, aspect_loss_weight:
-            Weights of the squared earth mover's distance of the ratings, of KL - CC of the map, and of the binary
+            Weights of the squared earth mover's distance of the scores, of KL - CC of the map, and of the binary
             cross-entropy of the aspects. Each term only counts where its targets are given.
         initializer_range:
             Standard deviation of the learned queries and token types at the start.
@@ -85,21 +82,25 @@ class IASMConfig(_SavedWithCode):
     model_type = "ase_iasm"
     base_config_key = "iasm_config"
     sub_configs = {"backbone_config": AutoConfig}
+    _auto_map = {
+        "AutoConfig": "configuration_ase.IASMConfig",
+        "AutoModel": "modeling_iasm.ImageAestheticSaliencyModule",
+    }
 
     backbone_config: dict | PreTrainedConfig | None = None
     image_size: int = 256
     # whole numbers too: published processors have [0, 0, 0] and [1, 1, 1]
     image_mean: float | int | list[float | int] | tuple[float | int, ...] = tuple(OPENAI_CLIP_MEAN)
     image_std: float | int | list[float | int] | tuple[float | int, ...] = tuple(OPENAI_CLIP_STD)
-    hidden_size: int = 192
-    num_queries: int = 8
-    num_hidden_layers: int = 2
-    num_attention_heads: int = 6
-    num_aspects: int = 0
+    hidden_size: int = interval(min=4)(default=192)
+    num_queries: int = interval(min=1)(default=8)
+    num_hidden_layers: int = interval(min=1)(default=2)
+    num_attention_heads: int = interval(min=1)(default=6)
+    num_aspects: int = interval(min=0)(default=0)
     aspect_names: list[str] | tuple[str, ...] | None = None
-    score_loss_weight: float | int = 1.0
-    saliency_loss_weight: float | int = 1.0
-    aspect_loss_weight: float | int = 1.0
+    score_loss_weight: float | int = interval(min=0, exclude_max=True)(default=1.0)
+    saliency_loss_weight: float | int = interval(min=0, exclude_max=True)(default=1.0)
+    aspect_loss_weight: float | int = interval(min=0, exclude_max=True)(default=1.0)
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
@@ -110,10 +111,6 @@ class IASMConfig(_SavedWithCode):
 
     def validate_architecture(self):
         """Part of `@strict`: refuses sizes that do not fit each other."""
-        _check_at_least(self, 4, "hidden_size")
-        _check_at_least(self, 1, "num_queries", "num_hidden_layers", "num_attention_heads")
-        _check_at_least(self, 0, "num_aspects")
-        _check_at_least(self, 0, "score_loss_weight", "saliency_loss_weight", "aspect_loss_weight")
         if self.image_size < 32 or self.image_size % 32:
             raise ValueError(f"`image_size` must be a positive multiple of 32, got {self.image_size}.")
         if self.hidden_size % self.num_attention_heads:
@@ -131,11 +128,6 @@ class IASMConfig(_SavedWithCode):
             raise ValueError(
                 f"`aspect_names` has {len(self.aspect_names)} names for `num_aspects={self.num_aspects}`."
             )
-
-    def _auto_classes(self) -> dict[str, type]:
-        from .modeling_ase import ImageAestheticSaliencyModule
-
-        return {"AutoConfig": IASMConfig, "AutoModel": ImageAestheticSaliencyModule}
 
 
 @strict
@@ -158,12 +150,19 @@ class ASEConfig(_SavedWithCode):
 
     model_type = "ase"
     sub_configs = {"mllm_config": AutoConfig, "iasm_config": IASMConfig}
+    _auto_map = {
+        "AutoConfig": "configuration_ase.ASEConfig",
+        "AutoModel": "modeling_ase.ASEModel",
+        "AutoModelForImageTextToText": "modeling_ase.ASEForConditionalGeneration",
+        "AutoModelForMultimodalLM": "modeling_ase.ASEForConditionalGeneration",
+        "AutoProcessor": "processing_ase.ASEProcessor",
+    }
 
     mllm_config: dict | PreTrainedConfig | None = None
     iasm_config: dict | PreTrainedConfig | None = None
     fusion_layers: list[int] | None = None
-    fusion_hidden_size: int = 256
-    fusion_num_attention_heads: int = 8
+    fusion_hidden_size: int = interval(min=1)(default=256)
+    fusion_num_attention_heads: int = interval(min=1)(default=8)
 
     def __post_init__(self, **kwargs):
         # NOTE: building a composite sets the attention of all its parts to None. A live base would then run with another
@@ -185,7 +184,6 @@ class ASEConfig(_SavedWithCode):
 
     def validate_architecture(self):
         """Part of `@strict`: refuses sizes and layers that cannot be."""
-        _check_at_least(self, 1, "fusion_hidden_size", "fusion_num_attention_heads")
         if self.fusion_hidden_size % self.fusion_num_attention_heads:
             raise ValueError(
                 f"`fusion_hidden_size` ({self.fusion_hidden_size}) must be a multiple of "
@@ -198,11 +196,6 @@ class ASEConfig(_SavedWithCode):
                 raise ValueError(
                     f"`fusion_layers` must be different indices counted from 0, got {self.fusion_layers}."
                 )
-
-    @classmethod
-    def from_mllm_config(cls, config: PreTrainedConfig, **kwargs: Any) -> "ASEConfig":
-        """Wraps the configuration of a vision-language model; `kwargs` are fields of `ASEConfig`."""
-        return cls(mllm_config=config, **kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "ASEConfig":
@@ -223,18 +216,6 @@ class ASEConfig(_SavedWithCode):
 
     def to_diff_dict(self) -> dict[str, Any]:
         return {name: value for name, value in super().to_diff_dict().items() if name != "text_config"}
-
-    def _auto_classes(self) -> dict[str, type]:
-        from .modeling_ase import ASEForConditionalGeneration, ASEModel
-        from .processing_ase import ASEProcessor
-
-        return {
-            "AutoConfig": ASEConfig,
-            "AutoModel": ASEModel,
-            "AutoModelForImageTextToText": ASEForConditionalGeneration,
-            "AutoModelForMultimodalLM": ASEForConditionalGeneration,
-            "AutoProcessor": ASEProcessor,
-        }
 
     @property
     def keys_to_ignore_at_inference(self) -> list[str]:
@@ -271,13 +252,6 @@ class ASEConfig(_SavedWithCode):
     @property
     def video_token_id(self) -> int:
         return self.mllm_config.video_token_id
-
-
-def _check_at_least(config: PreTrainedConfig, least: int, *names: str):
-    for name in names:
-        value = getattr(config, name)
-        if not math.isfinite(value) or value < least:
-            raise ValueError(f"`{name}` must be at least {least}, got {value}.")
 
 
 def _part_config(name: str, config: dict | PreTrainedConfig | None, default: dict[str, Any]) -> PreTrainedConfig:

@@ -16,6 +16,7 @@ import transformers
 from PIL import Image, ImageCms, ImageOps
 from transformers import BatchFeature, ProcessorMixin
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.image_processing_base import ImageProcessingMixin
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import PROCESSOR_NAME
 
@@ -35,7 +36,7 @@ HEAT_COLOURS = np.array([[40, 11, 84], [101, 21, 110], [159, 42, 99], [212, 72, 
 
 # The collator's columns that need not be there, and the numbers they take; a negative aspect is unknown.
 OPTIONAL_COLUMNS = {
-    "rating": (0, float("inf")),
+    "score": (0, float("inf")),
     "saliency": (0, float("inf")),
     "aspect_labels": (float("-inf"), 1),
     "caption_weight": (0, float("inf")),
@@ -94,6 +95,20 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
     brightest = float(values.max(initial=0))
     white = 65535 if image.mode.startswith("I;16") else next((w for w in whites if brightest <= w), brightest)
     return Image.fromarray((values / white * 255).clip(0, 255).round().astype(np.uint8))
+
+
+def image_normalisation(name_or_path: str, **kwargs: Any) -> dict[str, list[float]]:
+    """Mean and standard deviation of a checkpoint's image processor, or nothing where it has none."""
+    hub = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+    try:
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(
+            name_or_path, **{name: kwargs[name] for name in hub if name in kwargs}
+        )
+    except OSError:
+        return {}
+    if settings.get("do_normalize") is False:
+        return {"image_mean": [0.0, 0.0, 0.0], "image_std": [1.0, 1.0, 1.0]}
+    return {name: settings[name] for name in ("image_mean", "image_std") if settings.get(name) is not None}
 
 
 def _read_images(images: Any) -> Any:
@@ -232,11 +247,9 @@ class ASEProcessor(ProcessorMixin):
 
     # Aesthetic prompts and outputs -----------------------------------------------------------------------------------
 
-    def critique_prompt(self, aspect: str = "critique") -> str:
-        """
-        The prompt for one image: a key of `AESTHETIC_PROMPTS` or a wording of your own, in the chat template if any.
-        """
-        text = AESTHETIC_PROMPTS.get(aspect, aspect)
+    def critique_prompt(self, topic: str = "critique") -> str:
+        """The prompt for one image: a key of `AESTHETIC_PROMPTS` or a wording of your own, in the chat template if any."""
+        text = AESTHETIC_PROMPTS.get(topic, topic)
         if self.chat_template is None:
             return f"{self.image_token}\n{text}\n"
         message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
@@ -317,11 +330,11 @@ class ASEProcessor(ProcessorMixin):
         return Image.fromarray((photo * (1 - alpha) + colours * alpha).round().astype(np.uint8))
 
     def post_process_scores(self, outputs: ModelOutput) -> list[dict[str, float]]:
-        """Mean and standard deviation of each image's rating distribution, on the scale 1 (worst) to 10 (best)."""
+        """Mean and standard deviation of each image's distribution of scores, on the scale 1 (worst) to 10 (best)."""
         shares = outputs.score_logits.float().softmax(-1)
-        ratings = torch.arange(1, shares.shape[-1] + 1, device=shares.device, dtype=shares.dtype)
-        means = (shares * ratings).sum(-1)
-        deviations = ((shares * (ratings - means.unsqueeze(-1)).square()).sum(-1)).sqrt()
+        scale = torch.arange(1, shares.shape[-1] + 1, device=shares.device, dtype=shares.dtype)
+        means = (shares * scale).sum(-1)
+        deviations = ((shares * (scale - means.unsqueeze(-1)).square()).sum(-1)).sqrt()
         return [{"mean": mean, "std": std} for mean, std in zip(means.tolist(), deviations.tolist())]
 
     def post_process_aspects(self, outputs: ModelOutput) -> list[dict[str, float]]:
@@ -342,8 +355,8 @@ class ASEDataCollator:
     """
     Makes training batches of examples with an `image` (or `images`) and a `caption`.
 
-    Optional columns: `prompt` (text with image placeholders; the critique prompt by default), `rating` (ten shares of
-    the ratings 1 to 10), `saliency` (a map `(h, w)`), `aspect_labels` (0..1 each, negative unknown) and
+    Optional columns: `prompt` (text with image placeholders; the critique prompt by default), `score` (ten shares of
+    the scores 1 to 10), `saliency` (a map `(h, w)`), `aspect_labels` (0..1 each, negative unknown) and
     `caption_weight`. Examples without them are marked as such, so that they add nothing to that term of the loss.
 
     Args:
@@ -367,7 +380,7 @@ class ASEDataCollator:
         self._append_captions(batch, [example["caption"] for example in examples])
         counts = torch.tensor([len(group) for group in images])
         for column, name in (
-            ("rating", "rating_targets"),
+            ("score", "score_targets"),
             ("saliency", "saliency_targets"),
             ("aspect_labels", "aspect_targets"),
         ):
@@ -393,12 +406,13 @@ class ASEDataCollator:
                 "the model itself does not know: pass `TrainingArguments(..., remove_unused_columns=False)`."
             )
         for name in set(example) - known:
-            if meant := [
-                one for one in difflib.get_close_matches(name, OPTIONAL_COLUMNS, 1, 0.85) if one not in example
-            ]:
-                raise ValueError(
-                    f"Column `{name}` is not known: did you mean `{meant[0]}`? Rename it or take it away."
-                )
+            near = (
+                ["score"]
+                if name in ("rating", "ratings")
+                else difflib.get_close_matches(name, OPTIONAL_COLUMNS, 1, 0.85)
+            )
+            if near and near[0] not in example:
+                raise ValueError(f"Column `{name}` is not known: did you mean `{near[0]}`? Rename it or take it away.")
 
     def _append_captions(self, batch: BatchFeature, captions: list[str]):
         """Joins prompt and caption as tokens, as generation does, and puts labels on the caption alone."""
