@@ -26,14 +26,6 @@ MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["ase"] = "ASEForConditionalGeneration
 MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES["ase"] = "ASEForConditionalGeneration"
 
 
-DEFAULT_BACKBONE = {
-    "model_type": "convnextv2",
-    "hidden_sizes": [32, 64, 128, 192],
-    "depths": [1, 1, 2, 1],
-    "out_features": ["stage1", "stage2", "stage3", "stage4"],
-}
-
-
 class _SavedWithCode(PreTrainedConfig):
     """A configuration whose folder also loads where this package is not installed, with `trust_remote_code=True`."""
 
@@ -45,7 +37,9 @@ class _SavedWithCode(PreTrainedConfig):
 
     def to_diff_dict(self) -> dict[str, Any]:
         # each part as it would save itself: without its defaults and the path that it was loaded from
-        parts = {name: getattr(self, name).to_diff_dict() for name in self.sub_configs}
+        parts = {
+            name: getattr(self, name).to_diff_dict() for name in self.sub_configs if getattr(self, name) is not None
+        }
         for part in parts.values():
             part.pop("transformers_version", None)
         return {**super().to_diff_dict(), **parts}
@@ -57,8 +51,18 @@ class IASMConfig(_SavedWithCode):
     Configuration of the image aesthetic saliency module (IASM).
 
     Args:
+        encoder_layers:
+            Indices (from 0) of the vision encoder's layers whose states the module reads, before any fusion. `None` is the
+            layer at half of the depth that the language model sees, or none where there is a backbone; where the states' places are not known, none (the
+            model says why). The model writes the choice back.
+        encoder_hidden_sizes, encoder_prefix_length:
+            Widths of those states, and how many of them (class token, registers) stand before those that have a place.
+            The model finds both out and writes them back.
+        train_encoder:
+            Whether the module's losses reach the encoder through what is read.
         backbone_config:
-            Any backbone that `AutoBackbone` knows; its feature maps are merged at stride 8.
+            Any backbone that `AutoBackbone` knows, beside the encoder or instead of it; its feature maps are merged at
+            stride 8. With neither the module judges by photometry alone.
         image_size:
             Side in pixels of the square whose area the image is resized to (its aspect ratio is kept); a multiple of 32.
         image_mean, image_std:
@@ -87,6 +91,10 @@ class IASMConfig(_SavedWithCode):
         "AutoModel": "modeling_iasm.ImageAestheticSaliencyModule",
     }
 
+    encoder_layers: list[int] | None = None
+    encoder_hidden_sizes: list[int] | None = None
+    encoder_prefix_length: int = interval(min=0)(default=0)
+    train_encoder: bool = True
     backbone_config: dict | PreTrainedConfig | None = None
     image_size: int = 256
     # whole numbers too: published processors have [0, 0, 0] and [1, 1, 1]
@@ -104,13 +112,20 @@ class IASMConfig(_SavedWithCode):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
-        self.backbone_config = _part_config("backbone_config", self.backbone_config, DEFAULT_BACKBONE)
+        if self.backbone_config is not None:
+            self.backbone_config = _part_config("backbone_config", self.backbone_config)
+            self.encoder_layers = self.encoder_layers or []
+        if self.encoder_layers is not None:
+            self.encoder_layers = sorted(self.encoder_layers)
         super().__post_init__(**kwargs)
         if self.aspect_names is not None and self.num_aspects == 0:
             self.num_aspects = len(self.aspect_names)
 
     def validate_architecture(self):
         """Part of `@strict`: refuses sizes that do not fit each other."""
+        layers = self.encoder_layers or []
+        if (layers and min(layers) < 0) or len(set(layers)) != len(layers):
+            raise ValueError(f"`encoder_layers` must be different indices counted from 0, got {layers}.")
         if self.image_size < 32 or self.image_size % 32:
             raise ValueError(f"`image_size` must be a positive multiple of 32, got {self.image_size}.")
         if self.hidden_size % self.num_attention_heads:
@@ -142,8 +157,8 @@ class ASEConfig(_SavedWithCode):
             An `IASMConfig` or its fields.
         fusion_layers:
             Indices (from 0) of the vision encoder's layers after which the patches attend to the saliency tokens.
-            `None` spreads up to four over the layers whose output the language model can see; the model writes the
-            choice back, so that a saved config always names them.
+            `None` spreads up to four over the layers whose output the language model can see, from the one on that the
+            saliency module reads; the model writes the choice back, so that a saved config always names them.
         fusion_hidden_size, fusion_num_attention_heads:
             Inner width and heads of that cross-attention.
     """
@@ -170,7 +185,7 @@ class ASEConfig(_SavedWithCode):
         kwargs.pop("text_config", None)  # see `to_dict`
         live = isinstance(self.mllm_config, PreTrainedConfig) and kwargs.get("attn_implementation") is None
         kept = [(config, _implementations(config)) for config in _tree(self.mllm_config)] if live else []
-        self.mllm_config = _part_config("mllm_config", self.mllm_config, {"model_type": "llava"})
+        self.mllm_config = _part_config("mllm_config", self.mllm_config or {"model_type": "llava"})
         if not isinstance(self.iasm_config, PreTrainedConfig):
             self.iasm_config = IASMConfig(**(self.iasm_config or {}))
         super().__post_init__(**kwargs)
@@ -254,14 +269,13 @@ class ASEConfig(_SavedWithCode):
         return self.mllm_config.video_token_id
 
 
-def _part_config(name: str, config: dict | PreTrainedConfig | None, default: dict[str, Any]) -> PreTrainedConfig:
-    """The configuration of a part of any type, from its fields; `None` is the default."""
+def _part_config(name: str, config: dict | PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration of a part of any type, from its fields."""
     if isinstance(config, PreTrainedConfig):
         return config
-    fields = dict(default if config is None else config)
-    if "model_type" not in fields:
-        raise ValueError(f"`{name}` has no `model_type` that says which model it is of; it names {sorted(fields)}.")
-    return AutoConfig.for_model(**fields)
+    if "model_type" not in config:
+        raise ValueError(f"`{name}` has no `model_type` that says which model it is of; it names {sorted(config)}.")
+    return AutoConfig.for_model(**config)
 
 
 def _tree(config: PreTrainedConfig) -> list[PreTrainedConfig]:

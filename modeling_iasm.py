@@ -282,7 +282,7 @@ class SaliencyPyramid(nn.Module):
         self.merge = nn.Conv2d(size, size, 3, padding=1, groups=size)
         self.output = nn.Conv2d(size, size, 1)
 
-    def forward(self, feature_maps: tuple[torch.Tensor, ...], maps: torch.Tensor) -> torch.Tensor:
+    def forward(self, feature_maps: list[torch.Tensor], maps: torch.Tensor) -> torch.Tensor:
         grid = maps.shape[-2:]
         merged = self.photometry_projection(maps)
         for lateral, features in zip(self.laterals, feature_maps):
@@ -299,8 +299,9 @@ class ImageAestheticSaliencyModule(ASEPreTrainedModel):
     """
     IASM: what is salient in a photograph, how it is lit and built, and how it would be rated.
 
-    A multi-scale backbone and photometric maps give two pyramids at stride 8, one for the saliency map and one for the
-    tokens, so that supervising the map does not bend the features that judge sharpness. What differs from the rest of
+    States of the base's own encoder (or a backbone's feature maps) and photometric maps give two pyramids at stride 8, one
+    for the saliency map and one for the tokens, so that supervising the map does not bend the features that judge
+    sharpness. What differs from the rest of
     the picture is measured, for the map alone. Six summary tokens say: features pooled under the map, around it and
     everywhere; the map's place and extent with the photometry of what it covers and of the rest; the photometry of the
     whole (two). Learned queries read them and the picture, and they alone are the saliency tokens and what scores and
@@ -320,14 +321,17 @@ class ImageAestheticSaliencyModule(ASEPreTrainedModel):
     def __init__(self, config: IASMConfig):
         super().__init__(config)
         size = config.hidden_size
-        self.backbone = _build_backbone(config.backbone_config)
-        self.map_pyramid = SaliencyPyramid(self.backbone.channels, NUM_MAPS + NUM_CONTRASTS, size)
+        self.backbone = None if config.backbone_config is None else _build_backbone(config.backbone_config)
+        widths = config.encoder_hidden_sizes or []
+        self.encoder_norms = nn.ModuleList([nn.LayerNorm(width) for width in widths])
+        channels = [*widths, *(self.backbone.channels if self.backbone is not None else [])]
+        self.map_pyramid = SaliencyPyramid(channels, NUM_MAPS + NUM_CONTRASTS, size)
         self.map_head = nn.Sequential(
             nn.Conv2d(size + 5, size // 4, 1),
             nn.GELU(),
             nn.Conv2d(size // 4, 1, 3, padding=1, bias=False),  # a bias would not change a softmax over positions
         )
-        self.pyramid = SaliencyPyramid(self.backbone.channels, NUM_MAPS, size)
+        self.pyramid = SaliencyPyramid(channels, NUM_MAPS, size)
         self.geometry = nn.Sequential(
             nn.Linear(NUM_GEOMETRY + NUM_SUBJECT_STATISTICS, size), nn.GELU(), nn.Linear(size, size)
         )
@@ -357,10 +361,26 @@ class ImageAestheticSaliencyModule(ASEPreTrainedModel):
             pixels = F.interpolate(pixels, size=target, mode="bilinear", align_corners=False, antialias=True)
         return pixels.clamp(0, 1)
 
-    def predict_map(self, feature_maps: tuple[torch.Tensor, ...], maps: torch.Tensor) -> torch.Tensor:
+    def read_features(self, pixels: torch.Tensor, encoder_states: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Feature maps of the encoder's states `(n, width, rows, columns)` and of the backbone, at strides of their own."""
+        if len(encoder_states) != len(self.encoder_norms):
+            raise ValueError(
+                f"This saliency module reads {len(self.encoder_norms)} layers of an image encoder (`encoder_layers` "
+                f"{self.config.encoder_layers}), got the states of {len(encoder_states)}."
+            )
+        dtype = self.token_types.dtype
+        features = []
+        for norm, states in zip(self.encoder_norms, encoder_states):
+            states = states if self.config.train_encoder else states.detach()
+            features.append(norm(states.to(dtype).movedim(1, -1)).movedim(-1, 1))
+        if self.backbone is not None:
+            features += self.backbone(((pixels - 0.5) * 4).to(dtype)).feature_maps
+        return features
+
+    def predict_map(self, feature_maps: list[torch.Tensor], maps: torch.Tensor) -> torch.Tensor:
         """Saliency as probabilities over positions, `(n, h / 8, w / 8)`, from float32 `photometric_maps`."""
         contrasts = torch.cat([maps, contrast_maps(maps)], dim=1)
-        features = self.map_pyramid(feature_maps, contrasts.to(feature_maps[0].dtype))
+        features = self.map_pyramid(feature_maps, contrasts.to(self.token_types.dtype))
         positions = position_features(features).expand(features.shape[0], -1, -1, -1)
         logits = self.map_head(torch.cat([features, positions], dim=1))
         return logits.float().flatten(1).softmax(-1).unflatten(1, logits.shape[-2:])
@@ -395,14 +415,14 @@ class ImageAestheticSaliencyModule(ASEPreTrainedModel):
             tokens = layer(tokens)
         return self.norm(tokens[:, self.num_summary_tokens :])
 
-    def encode(self, pixels: torch.Tensor) -> IASMOutput:
-        """Tokens, map and scores of images of one size, as `to_rgb` gives them."""
+    def encode(self, pixels: torch.Tensor, encoder_states: list[torch.Tensor]) -> IASMOutput:
+        """Tokens, map and scores of images of one size, as `to_rgb` gives them, and of what an encoder makes of them."""
         # light and colour are measured in float32 whatever the model's dtype and outside autocast
         with maybe_autocast(pixels.device.type, enabled=False):
             maps = photometric_maps(pixels)
             statistics = photometric_statistics(pixels, maps)
         dtype = self.token_types.dtype
-        feature_maps = self.backbone(((pixels - 0.5) * 4).to(dtype)).feature_maps
+        feature_maps = self.read_features(pixels, encoder_states)
         saliency_maps = self.predict_map(feature_maps, maps)
         features = self.pyramid(feature_maps, maps.to(dtype))
         tokens = self.make_saliency_tokens(
@@ -415,16 +435,20 @@ class ImageAestheticSaliencyModule(ASEPreTrainedModel):
             aspect_logits=self.aspect_head(tokens.flatten(1)) if self.aspect_head is not None else None,
         )
 
-    def encode_list(self, images: list[torch.Tensor]) -> IASMOutput:
-        """Images `(3, h, w)` of different sizes: one batch for all that have one size once they are resized."""
+    def encode_list(self, images: list[torch.Tensor], encoder_states: list[list[torch.Tensor]]) -> IASMOutput:
+        """Images `(3, h, w)` of different sizes, with the states of each: one batch for all that have one size."""
         groups, batches = {}, {}
         for i, image in enumerate(images):
-            groups.setdefault(image.shape, []).append(i)
-        for indices in groups.values():
+            groups.setdefault((image.shape, *(states[i].shape for states in encoder_states)), []).append(i)
+        for (_, *grids), indices in groups.items():
             pixels = self.to_rgb(torch.stack([images[i] for i in indices]))
-            batches.setdefault(pixels.shape[-2:], []).append((indices, pixels))
-        order = [i for batch in batches.values() for indices, _ in batch for i in indices]
-        parts = [self.encode(torch.cat([pixels for _, pixels in batch])) for batch in batches.values()]
+            batches.setdefault((pixels.shape[-2:], *grids), []).append((indices, pixels))
+        order, parts = [], []
+        for batch in batches.values():
+            numbers = [i for indices, _ in batch for i in indices]
+            states = [torch.stack([one[i] for i in numbers]) for one in encoder_states]
+            parts.append(self.encode(torch.cat([pixels for _, pixels in batch]), states))
+            order += numbers
         return join_outputs(parts, order)
 
     @can_return_tuple
@@ -434,20 +458,24 @@ class ImageAestheticSaliencyModule(ASEPreTrainedModel):
         score_targets: torch.Tensor | None = None,
         saliency_targets: torch.Tensor | None = None,
         aspect_targets: torch.Tensor | None = None,
+        encoder_states: list[torch.Tensor | list[torch.Tensor]] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> IASMOutput:
         r"""
         Args:
             pixel_values: `(n, 3, h, w)`, or a list of `(3, h, w)` of any sizes; normalised by `config.image_mean` and
                 `config.image_std`.
+            encoder_states: For each of `config.encoder_layers`, its states at their places: `(n, width, rows, columns)`,
+                or a list of `(width, rows, columns)`.
             score_targets: `(n, 10)`, shares of the scores 1 to 10; a row of zeros has no score.
             saliency_targets: `(n, h, w)`, not negative, any scale; a map of zeros has no truth.
             aspect_targets: `(n, num_aspects)` in 0..1; a negative value is unknown.
         """
-        if isinstance(pixel_values, list):
-            outputs = self.encode_list(pixel_values)
+        encoder_states = encoder_states or []
+        if isinstance(pixel_values, list) or any(isinstance(states, list) for states in encoder_states):
+            outputs = self.encode_list(list(pixel_values), encoder_states)
         else:
-            outputs = self.encode(self.to_rgb(pixel_values))
+            outputs = self.encode(self.to_rgb(pixel_values), encoder_states)
         for name, term in saliency_losses(
             self.config, outputs, score_targets, saliency_targets, aspect_targets
         ).items():

@@ -36,13 +36,13 @@ from ase_mllm import ASEForConditionalGeneration, ASEProcessor
 
 
 ASPECTS = ["underexposed", "blurred", "tilted"]
+BACKBONE = {
+    "model_type": "convnextv2",
+    "hidden_sizes": [8, 8, 16, 16],
+    "depths": [1, 1, 1, 1],
+    "out_features": ["stage1", "stage2", "stage3", "stage4"],
+}
 IASM = {
-    "backbone_config": {
-        "model_type": "convnextv2",
-        "hidden_sizes": [8, 8, 16, 16],
-        "depths": [1, 1, 1, 1],
-        "out_features": ["stage1", "stage2", "stage3", "stage4"],
-    },
     "image_size": 64,
     "hidden_size": 32,
     "num_attention_heads": 2,
@@ -233,3 +233,8 @@ def critique_sources(tmp_path_factory) -> dict:
         cutout(rng).save(folder / "cutouts" / f"cutout-{number}.png")
     (folder / "sources.json").write_text(json.dumps(entries))
     return {split: critique_data.load_sources(split, folder, folder / "sources.json") for split in ("train", "test")}
+
+
+@pytest.fixture
+def backbone_config() -> dict:
+    return dict(BACKBONE)

@@ -497,7 +497,7 @@ FAMILIES = {
                 "num_key_value_heads": 2,
                 "head_dim": 16,
                 "pooling_kernel_size": 2,
-                "position_embedding_size": 16,
+                "position_embedding_size": 32,
             },
             text_config={
                 **TEXT,

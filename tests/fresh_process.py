@@ -33,6 +33,17 @@ torch.set_num_threads(1)
 NAMES = ["AutoConfig", "AutoProcessor", "AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"]
 
 
+def inner_states(model, batch: dict) -> list:
+    """What the saliency module is given of the image encoder."""
+    seen = []
+    hook = model.model.iasm.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["encoder_states"]), with_kwargs=True
+    )
+    model(**batch)
+    hook.remove()
+    return seen[0]
+
+
 def main(folder: Path, second: Path):
     for name in NAMES:
         try:
@@ -77,7 +88,8 @@ def main(folder: Path, second: Path):
     again = transformers.AutoModel.from_pretrained(second / "body_alone", **reload)
     assert torch.equal(again(**batch).last_hidden_state, inner.last_hidden_state)
     iasm = transformers.AutoModel.from_pretrained(second / "iasm_alone", **reload)
-    assert torch.equal(iasm(batch["pixel_values"]).saliency_maps, outputs.saliency_maps)
+    states = inner_states(model, batch)
+    assert torch.equal(iasm(batch["pixel_values"], encoder_states=states).saliency_maps, outputs.saliency_maps)
 
 
 if __name__ == "__main__":

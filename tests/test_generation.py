@@ -636,10 +636,10 @@ def test_a_copied_configuration_is_equal_and_its_own(model, make_copy):
     assert copied == model.config and copied.to_dict() == model.config.to_dict()
     assert copied.get_text_config()._attn_implementation == "eager"
     copied.get_text_config().num_hidden_layers = 1
-    copied.iasm_config.backbone_config.depths[0] = 2
+    copied.iasm_config.encoder_layers[0] = 2
     assert copied != model.config
     assert model.config.get_text_config().num_hidden_layers == 2
-    assert model.config.iasm_config.backbone_config.depths[0] == 1
+    assert model.config.iasm_config.encoder_layers == [0]
 
 
 # What clients see ------------------------------------------------------------------------------------------------------

@@ -553,8 +553,7 @@ def test_a_misspelt_target_is_refused(name):
 @pytest.mark.parametrize("size", [(64, 64), (32, 96), (256, 32)])
 def test_the_smallest_image_size_is_finite(size):
     """Its rings between the centre and the corners hold few cells or none."""
-    model = tiny_model(iasm_config={**IASM, "image_size": 32})
-    outputs = model.model.iasm(torch.randn(2, 3, *size))
+    outputs = tiny_iasm(image_size=32)(torch.randn(2, 3, *size))
     assert all(outputs[name].isfinite().all() for name in ("saliency_tokens", "saliency_maps", "score_logits"))
 
 

@@ -118,7 +118,7 @@ def test_the_body_alone(tmp_path):
 
 
 def test_the_saliency_module_alone(tmp_path):
-    pixels = make_inputs()["pixel_values"]
+    inputs = {"pixel_values": make_inputs()["pixel_values"], "encoder_states": [torch.randn(2, 32, 4, 4)]}
     iasm = tiny_model().model.iasm
     iasm.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -127,7 +127,7 @@ def test_the_saliency_module_alone(tmp_path):
     loaded = AutoModel.from_pretrained(tmp_path)
     assert type(loaded) is ImageAestheticSaliencyModule
     assert same_tensors(iasm.state_dict(), loaded.state_dict())
-    outputs, expected = loaded(pixels), iasm(pixels)
+    outputs, expected = loaded(**inputs), iasm(**inputs)
     assert all(torch.equal(outputs[name], expected[name]) for name in expected)
 
 

@@ -20,10 +20,10 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .configuration_ase import ASEConfig, IASMConfig
-from .image_encoders import EncoderImages, ImageEncoder, find_image_encoder
+from .image_encoders import EncoderImages, ImageEncoder, find_image_encoder, probe_places
 from .modeling_iasm import (
     ASEPreTrainedModel,
     IASMOutput,
@@ -41,6 +41,8 @@ SALIENCY_OUTPUTS = ("saliency_maps", "saliency_map_sizes", "score_logits", "aspe
 LOSS_TERMS = ("caption_loss", "score_loss", "saliency_loss", "aspect_loss")
 CACHE_NAMES = ("past_key_values", "cache")  # before transformers 5.24 and since
 
+logger = logging.get_logger(__name__)
+
 
 # What is active in this thread, so that two threads never see each other's images: the `encoder_context` of the call that
 # runs, and the `recorders` of whoever wants to know what the IASM says. NOTE: `torch.compile` traces this and no
@@ -49,64 +51,14 @@ _active = threading.local()
 
 
 class EncoderContext:
-    """What one call of the image encoder passes from its pixels to its fusing layers."""
+    """What one call of the image encoder hands from its pixels, and the layers that are read, to its fusion layers."""
 
-    def __init__(self, encoder: nn.Module, outputs: IASMOutput, lengths: list[int] | None):
+    def __init__(self, encoder: nn.Module, images: EncoderImages):
         self.encoder = encoder
-        self.outputs = outputs
-        self.lengths = lengths
+        self.images = images
+        self.states: list[torch.Tensor | list[torch.Tensor]] = []
+        self.saliency: IASMOutput | None = None
         self.outer = getattr(_active, "encoder_context", None)
-
-    def split_images(self, hidden_states: torch.Tensor, hidden_size: int) -> torch.Tensor:
-        """A layer's states to a row an image, `(n, p, hidden_size)`; rows of unequal images are padded."""
-        if self.lengths is None:
-            self._check_images(hidden_states, hidden_size)
-            if hidden_states.ndim == 3:
-                return hidden_states
-            if hidden_states.shape[-1] == hidden_size:  # (n, h, w, hidden_size)
-                return hidden_states.flatten(1, 2)
-            return hidden_states.flatten(2).transpose(1, 2)  # (n, hidden_size, h, w)
-        flat = hidden_states.flatten(0, -2)
-        lengths = self._lengths_of(len(flat))
-        if len(set(lengths)) == 1:
-            return flat.unflatten(0, (len(lengths), -1))
-        return nn.utils.rnn.pad_sequence(flat.split(lengths), batch_first=True)
-
-    def merge_images(self, rows: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Undoes `split_images`, to the shape of `hidden_states`."""
-        if self.lengths is None:
-            if rows.ndim == hidden_states.ndim:
-                return rows
-            if hidden_states.shape[-1] == rows.shape[-1]:
-                return rows.view_as(hidden_states)
-            return rows.transpose(1, 2).reshape(hidden_states.shape)
-        lengths = self._lengths_of(hidden_states.shape[:-1].numel())
-        if len(set(lengths)) > 1:
-            rows = torch.cat([row[:length] for row, length in zip(rows, lengths)])
-        return rows.reshape(hidden_states.shape)
-
-    def _check_images(self, hidden_states: torch.Tensor, hidden_size: int):
-        images = len(self.outputs.saliency_tokens)
-        shape = tuple(hidden_states.shape)
-        if len(shape) not in (3, 4) or shape[0] != images or hidden_size not in (shape[1], shape[-1]):
-            raise ValueError(
-                f"A layer of the image encoder gives states of shape {shape} for {images} images; expected a row for "
-                f"each, of width {hidden_size}."
-            )
-        if len(shape) == 4 and shape[1] == shape[-1]:
-            raise ValueError(
-                f"A layer of the image encoder gives states of shape {shape}: width and height cannot be told from the "
-                f"{hidden_size} channels. Images of another size can be."
-            )
-
-    def _lengths_of(self, positions: int) -> list[int]:
-        """Each image's part of `positions`: encoders may merge patches between their layers."""
-        merged, rest = divmod(sum(self.lengths), positions)
-        if rest or any(length % merged for length in self.lengths):
-            raise ValueError(
-                f"A layer of the image encoder has {positions} states for images of {self.lengths} patches."
-            )
-        return [length // merged for length in self.lengths]
 
 
 class SaliencyRecorder:
@@ -160,7 +112,8 @@ class ASEModel(ASEPreTrainedModel):
             if hasattr(mllm.base_model, name):
                 setattr(self, name, getattr(mllm.base_model, name))
         encoder = find_image_encoder(mllm)
-        config.fusion_layers = _resolve_fusion_layers(config.fusion_layers, encoder)
+        _resolve_encoder_layers(config, encoder)
+        config.fusion_layers = _resolve_fusion_layers(config, encoder)
         self.iasm = ImageAestheticSaliencyModule(config.iasm_config)
         self.fusions = SaliencyFusions(config, {layer: encoder.hidden_sizes[layer] for layer in config.fusion_layers})
         self._hook_encoder(encoder)
@@ -174,12 +127,14 @@ class ASEModel(ASEPreTrainedModel):
                 "load the base again."
             )
         # NOTE: partials of bound methods, because deepcopy follows those to the copied model and closures to the old
-        start = partial(self._start_encoder_call, encoder.arguments, encoder.reader)
+        start = partial(self._start_encoder_call, encoder.arguments, encoder.pixels.read)
         encoder.module.register_forward_pre_hook(start, with_kwargs=True)
         encoder.module.register_forward_hook(self._end_encoder_call, always_call=True)
         for layer in self.config.fusion_layers:
             # before the hooks that record hidden states: LLaVA reads its features from the recorded ones
             encoder.layers[layer].register_forward_hook(partial(self._fuse, layer), prepend=True)
+        for layer in self.config.iasm_config.encoder_layers:  # and before the fusion of the same layer
+            encoder.layers[layer].register_forward_hook(partial(self._read, layer), prepend=True)
 
     def _start_encoder_call(
         self,
@@ -191,11 +146,15 @@ class ASEModel(ASEPreTrainedModel):
     ):
         given = {**dict(zip(arguments, args)), **kwargs}
         images = reader(encoder, given.pop(arguments[0]), **given)
-        context = EncoderContext(encoder, self.iasm(images.pixels), images.lengths)
-        _active.encoder_context = context
+        _active.encoder_context = EncoderContext(encoder, images)
+        if not self.config.iasm_config.encoder_layers:
+            self._run_iasm(_active.encoder_context)
+
+    def _run_iasm(self, context: EncoderContext):
+        context.saliency = self.iasm(context.images.pixels, encoder_states=context.states)
         for recorder in getattr(_active, "recorders", ()):
             if recorder.model is self:  # and not the assistant that writes a draft meanwhile
-                recorder.outputs.append(context.outputs)
+                recorder.outputs.append(context.saliency)
 
     def _end_encoder_call(self, encoder: nn.Module, args: tuple, output: Any):
         context = getattr(_active, "encoder_context", None)
@@ -203,16 +162,28 @@ class ASEModel(ASEPreTrainedModel):
         if context is not None and context.encoder is encoder:
             _active.encoder_context = context.outer
 
-    def _fuse(self, layer: int, module: nn.Module, args: tuple, output: torch.Tensor | tuple) -> torch.Tensor | tuple:
+    def _context(self, index: int) -> EncoderContext:
         context = getattr(_active, "encoder_context", None)
         if context is None:
             raise RuntimeError(
-                f"Encoder layer {layer} ran outside a call of its image encoder, so there are no saliency tokens."
+                f"Encoder layer {index} ran outside a call of its image encoder, so there are no pixels."
             )
+        return context
+
+    def _read(self, index: int, layer: nn.Module, args: tuple, output: torch.Tensor | tuple):
+        context, config = self._context(index), self.config.iasm_config
         hidden_states = output[0] if isinstance(output, tuple) else output
-        patches = context.split_images(hidden_states, self.fusions.hidden_size(layer))
-        fused = self.fusions(layer, patches, context.outputs.saliency_tokens)
-        fused = context.merge_images(fused, hidden_states)
+        width = config.encoder_hidden_sizes[len(context.states)]
+        context.states.append(context.images.locate(hidden_states, width, config.encoder_prefix_length))
+        if len(context.states) == len(config.encoder_layers):
+            self._run_iasm(context)
+
+    def _fuse(self, index: int, layer: nn.Module, args: tuple, output: torch.Tensor | tuple) -> torch.Tensor | tuple:
+        context = self._context(index)
+        hidden_states = output[0] if isinstance(output, tuple) else output
+        patches = context.images.split(hidden_states, self.fusions.hidden_size(index))
+        fused = self.fusions(index, patches, context.saliency.saliency_tokens)
+        fused = context.images.merge(fused, hidden_states)
         return (fused, *output[1:]) if isinstance(output, tuple) else fused
 
     @property
@@ -291,16 +262,50 @@ class ASEModel(ASEPreTrainedModel):
         return _add_fields(outputs, recorder.saliency(mm_encoder_outputs))
 
 
-def _resolve_fusion_layers(fusion_layers: list[int] | None, encoder: ImageEncoder) -> list[int]:
-    count = encoder.last_layer + 1
-    if fusion_layers is None:
-        return sorted({round((i + 1) * count / 4) - 1 for i in range(4)} - {-1})
-    if max(fusion_layers) > encoder.last_layer:
+def _resolve_encoder_layers(ase_config: ASEConfig, encoder: ImageEncoder):
+    """Decides which layers the saliency module reads, unless the configuration says it, and where their states stand."""
+    config = ase_config.iasm_config
+    layers = config.encoder_layers
+    if layers is None:
+        last = min(ase_config.fusion_layers or [encoder.last_layer])
+        layers = [min(max((encoder.last_layer + 1) // 2, 1) - 1, last)]
+    elif not layers or config.encoder_hidden_sizes is not None:
+        return
+    if max(layers) > encoder.last_layer:
         raise ValueError(
-            f"`fusion_layers` {fusion_layers} reaches beyond layer {encoder.last_layer}: the encoder has "
+            f"`encoder_layers` {layers} reaches beyond layer {encoder.last_layer}, the last one that is seen."
+        )
+    prefix, reason = probe_places(encoder, max(layers))
+    name = type(encoder.module).__name__
+    if prefix is None and config.encoder_layers is not None:
+        raise ValueError(f"The saliency module cannot read {name}'s `encoder_layers` {layers}: {reason}.")
+    if prefix is None:
+        logger.warning(f"The saliency module does not read {name} but judges by photometry alone: {reason}.")
+        layers, prefix = [], 0
+    config.encoder_layers, config.encoder_prefix_length = layers, prefix
+    config.encoder_hidden_sizes = [encoder.hidden_sizes[layer] for layer in layers]
+
+
+def _resolve_fusion_layers(config: ASEConfig, encoder: ImageEncoder) -> list[int]:
+    first = max(config.iasm_config.encoder_layers, default=0)  # the tokens are not there before
+    count = encoder.last_layer + 1 - first
+    if config.fusion_layers is None:
+        if count < 1:
+            raise ValueError(
+                f"`encoder_layers` {config.iasm_config.encoder_layers} leave no layer to fuse: the language model sees none "
+                f"after layer {encoder.last_layer}."
+            )
+        return sorted({first + round((i + 1) * count / 4) - 1 for i in range(4)} - {first - 1})
+    if max(config.fusion_layers) > encoder.last_layer:
+        raise ValueError(
+            f"`fusion_layers` {config.fusion_layers} reaches beyond layer {encoder.last_layer}: the encoder has "
             f"{len(encoder.layers)} layers and the language model sees none after that one."
         )
-    return fusion_layers
+    if min(config.fusion_layers) < first:
+        raise ValueError(
+            f"`fusion_layers` {config.fusion_layers} begins before layer {first}, which the saliency module reads first."
+        )
+    return config.fusion_layers
 
 
 def _drop_none(**kwargs: Any) -> dict[str, Any]:
