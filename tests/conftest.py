@@ -11,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # without it, MKL's last bit depends on where in memory a tensor happens to lie, and equality cannot be tested
 os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "critique"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""examples/critique_benchmark.py small: every arm starts as its base and differs as it says; figures by hand."""
+"""examples/critique/critique_benchmark.py small: every arm starts as its base and differs as it says; figures by hand."""
 
 import argparse
 import json

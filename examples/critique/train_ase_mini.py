@@ -1,14 +1,14 @@
 """
 Trains the bundled model `examples/ase-mini` from nothing but the critique generator, with the standard `Trainer`.
 
-    python examples/train_ase_mini.py --stage all          # a few hours on two cores, minutes of work on a GPU
-    python examples/train_ase_mini.py --stage all --samples 64 --work runs/look --out runs/look/out    # a look at the machinery
+    python examples/critique/train_ase_mini.py --stage all          # a few hours on two cores, minutes of work on a GPU
+    python examples/critique/train_ase_mini.py --stage all --samples 64 --work runs/look --out runs/look/out    # a look at the machinery
 
 Stages (each starts from what the one before left in `--work`):
     iasm      the saliency module alone: aspects, scores, saliency maps
     language  the language model alone: the wording of critiques, no pictures
     joint     the whole model end to end with all loss terms; on two cores faster with
-              `torchrun --nproc-per-node 2 examples/train_ase_mini.py --stage joint`
+              `torchrun --nproc-per-node 2 examples/critique/train_ase_mini.py --stage joint`
     plain     captions in one fixed form, with the saliency module as it is: text learns from them what features mean
     critique  captions again, weaker faults and more subjects, with the saliency module as it is; slowly, or the text
               forgets what it has learned to read
@@ -40,7 +40,7 @@ from transformers import (
 from ase_mllm import ASEDataCollator, ASEForConditionalGeneration, ASEProcessor, IASMConfig
 
 
-BUNDLE = Path(__file__).parent / "ase-mini"
+BUNDLE = Path(__file__).parents[1] / "ase-mini"
 IMAGE_SIZE, PATCH_SIZE = 192, 32
 STAGES = ("iasm", "language", "joint", "plain", "critique")
 SAMPLES = {"iasm": 64_000, "language": 16_000, "joint": 76_000, "plain": 16_000, "critique": 32_000}

@@ -1,6 +1,6 @@
 """Photographs with known faults and the critiques that go with them, made from real photographs and cut-outs.
 
-    python examples/critique_data.py --split train --num-samples 24 --out contact_sheet.png
+    python examples/critique/critique_data.py --split train --num-samples 24 --out contact_sheet.png
 
 writes a sheet of samples with their captions, to look at. In a program, `critique_dataset` gives the samples made on
 the fly and `critique_pool` the same samples made once and kept in an Arrow cache. A sample depends on (seed, split,
@@ -132,7 +132,9 @@ def load_sources(split: str, directory: Path | str | None = None, listing: Path 
 @functools.lru_cache(maxsize=4)
 def _load_sources(split: str, directory: Path, listing: Path) -> LoadedSources:
     if not (directory / "photos").is_dir():
-        raise FileNotFoundError(f"{directory} has no photos/: run `python examples/critique_sources.py` first")
+        raise FileNotFoundError(
+            f"{directory} has no photos/: run `python examples/critique/critique_sources.py` first"
+        )
     entries = json.loads(listing.read_text(encoding="utf-8"))
     sources = LoadedSources(directory, listing, split)
     for entry in entries["photos"]:
@@ -959,8 +961,8 @@ def critique_pool(
     """The same samples as `critique_dataset` gives, made once by `num_proc` processes and kept in an Arrow cache."""
     sources = sources or load_sources(split)
     code = hashlib.sha256(sources.listing.read_bytes())
-    for path in (Path(__file__), Path(__file__).with_name("critique_captions.py")):
-        code.update(path.read_bytes())
+    for name in ("critique_data.py", "critique_captions.py", "critique_phrases.json"):
+        code.update(Path(__file__).with_name(name).read_bytes())
     rows = datasets.Dataset.from_generator(
         _rows,
         features=FEATURES,

@@ -1,8 +1,8 @@
 """
 Does aesthetic saliency make critiques better? ASE against the same base without it and against a same-size control.
 
-    python examples/critique_benchmark.py --quick                                          # a first table, minutes on two cores
-    python examples/critique_benchmark.py --record examples/ase-mini/EXPERIMENTS.md        # the full table, hours
+    python examples/critique/critique_benchmark.py --quick                                          # a first table, minutes on two cores
+    python examples/critique/critique_benchmark.py --record examples/ase-mini/EXPERIMENTS.md        # the full table, hours
 
 Every arm starts from the same base: the LLaVA inside `examples/ase-mini`, which has learned to write critiques, with its
 saliency branch taken away. Every arm sees the same pictures in the same order with the same labels, in three parts:
@@ -71,7 +71,7 @@ from ase_mllm.modeling_iasm import (
 from ase_mllm.photometry import NUM_GEOMETRY, NUM_MAPS
 
 
-BUNDLE = Path(__file__).parent / "ase-mini"
+BUNDLE = Path(__file__).parents[1] / "ase-mini"
 SALIENCY_SIZE = 128  # pixels that the new saliency branch sees; the base sees 192
 WEIGHTS = {"score_loss_weight": 5.0, "aspect_loss_weight": 3.0, "saliency_loss_weight": 1.0}
 MAIN_ARMS = ("base", "control", "ase")

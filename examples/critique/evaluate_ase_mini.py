@@ -1,8 +1,8 @@
 """
 Measures the bundled model on held-out photographs and cut-outs, and writes the figures into its model card.
 
-    python examples/evaluate_ase_mini.py                                   # the card's figures, a few minutes on a CPU
-    python examples/evaluate_ase_mini.py --samples 40 --no-card            # a look
+    python examples/critique/evaluate_ase_mini.py                                   # the card's figures, a few minutes on a CPU
+    python examples/critique/evaluate_ase_mini.py --samples 40 --no-card            # a look
 
 The pictures come from the critique generator's test split, so no photograph and no cut-out was seen in training. Needs
 the extra `evaluation`. Two sets are measured: faults "from the least strength that counts up" (as in training) and faults
@@ -28,7 +28,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import ase_mllm  # noqa: F401  (registers the Auto classes)
 
 
-BUNDLE = Path(__file__).parent / "ase-mini"
+BUNDLE = Path(__file__).parents[1] / "ase-mini"
 SETS = {"from the least strength up": (1.0, 2.5), "at the least strength": (1.0, 1.0)}
 APART = ("level", "placement")  # reported beside the macro average, not in it
 PROTOCOL = "all five references; lower-case words, no punctuation; pycocoevalcap"

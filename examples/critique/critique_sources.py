@@ -1,7 +1,7 @@
 """Fetch the real photographs and cut-outs that the critique generator edits.
 
 Usage:
-    python examples/critique_sources.py [--out DIR] [--packages DIR]
+    python examples/critique/critique_sources.py [--out DIR] [--packages DIR]
 
 ``critique_sources.json`` (beside this file) lists the pictures; the pictures themselves stay in the packages that
 publish them. A photograph's ``subject`` says whether it has one clear subject, ``box`` where (x0, y0, x1, y1 as
