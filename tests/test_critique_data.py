@@ -4,6 +4,7 @@ import json
 import pickle
 
 import critique_data
+import critique_pictures
 import numpy as np
 import pytest
 from conftest import landscape
@@ -146,21 +147,21 @@ def test_the_map_of_a_boxed_photograph_follows_the_crop(critique_sources):
     photo = next(photo for photo in critique_sources["train"].photos if photo.box)
     rng, known = np.random.default_rng(3), set()
     for degrees in np.linspace(-14, 14, 60):
-        framing = critique_data.draw_framing(photo, float(degrees), 320, rng)
+        framing = critique_pictures.draw_framing(photo, float(degrees), 320, rng)
         x, y = np.random.default_rng(0).uniform(0, 1, (2, 20))
         assert np.allclose(framing.to_canvas(*framing.to_photo(x, y)), (x, y), atol=1e-6)
-        placement, seen = critique_data.box_placement(photo, framing)
-        saliency = critique_data.box_map(photo, framing)
-        if placement in critique_data.PLACES and seen > 0.98:
+        placement, seen = critique_pictures.box_placement(photo, framing)
+        saliency = critique_pictures.box_map(photo, framing)
+        if placement in critique_pictures.PLACES and seen > 0.98:
             middle = float(saliency.sum(0) @ (np.arange(32) + 0.5) / saliency.sum() / 32)
-            assert middle == pytest.approx(critique_data.PLACES[placement], abs=0.08)
+            assert middle == pytest.approx(critique_pictures.PLACES[placement], abs=0.08)
         known.add(placement)
-    assert known >= set(critique_data.PLACES)
+    assert known >= set(critique_pictures.PLACES)
 
 
 def _figures(image: Image.Image) -> dict[str, float]:
     pixels = np.asarray(image).astype(np.float32) / 255
-    luma = pixels @ critique_data.LUMA
+    luma = pixels @ critique_pictures.LUMA
     fine = np.abs(np.diff(luma, axis=1)).mean()
     corners = np.mean([luma[:20, :20], luma[:20, -20:], luma[-20:, :20], luma[-20:, -20:]])
     return {
@@ -223,7 +224,7 @@ def test_normalising_evens_out_the_light():
     photo = np.asarray(landscape(rng)).astype(np.float32)
     figures = []
     for gain in ((0.35, 0.3, 0.2), (1, 1, 1), (0.6, 0.8, 1.1)):
-        normal = critique_data.normalise(np.clip(photo * gain, 0, 255).astype(np.uint8))
+        normal = critique_pictures.normalise(np.clip(photo * gain, 0, 255).astype(np.uint8))
         figures.append(_figures(Image.fromarray(normal)))
     for figure, spread in (("light", 0.03), ("spread", 0.05), ("chroma", 0.05), ("warmth", 0.15)):
         assert np.ptp([each[figure] for each in figures]) < spread, figure
