@@ -1,8 +1,11 @@
 """Tiny models and inputs shared by the tests: no downloads, seconds on a CPU."""
 
+import copy
+import gc
 import json
 import os
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,9 +34,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     SiglipVisionConfig,
+    Trainer,
 )
 
-from ase_mllm import ASEForConditionalGeneration, ASEProcessor
+from ase_mllm import ASEForConditionalGeneration, ASEProcessor, IASMConfig, ImageAestheticSaliencyModule
 
 
 ASPECTS = ["underexposed", "blurred", "tilted"]
@@ -75,6 +79,26 @@ WORDS = [
     "blurred",
     ".",
 ]
+
+# three optimizer steps of a `Trainer`
+TRAINING = {
+    "max_steps": 3,
+    "per_device_train_batch_size": 2,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "seed": 3,
+}
+LORA = {
+    "r": 4,
+    "target_modules": r".*\.language_model\..*\.(q_proj|v_proj)",
+    "modules_to_save": ["iasm", "fusions"],
+}
+# PEFT 0.21 still reads the property by its old name
+PEFT_ASKS = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 
 torch.set_num_threads(1)
 transformers.logging.disable_progress_bar()
@@ -129,6 +153,18 @@ def tiny_model(encoder: str = "clip", gate: float = 1.0, **kwargs) -> ASEForCond
     return open_gates(graft(tiny_base(encoder), **kwargs), gate)
 
 
+def seeded_graft(gate: float = 0.0) -> ASEForConditionalGeneration:
+    """The same weights each time, also of what is added."""
+    base = tiny_base()
+    torch.manual_seed(7)
+    return open_gates(graft(base), gate)
+
+
+def tiny_iasm(**kwargs) -> ImageAestheticSaliencyModule:
+    torch.manual_seed(0)
+    return ImageAestheticSaliencyModule(IASMConfig(**copy.deepcopy({**IASM, **kwargs}))).eval()
+
+
 def is_added(name: str) -> bool:
     """Whether a parameter of `ASEForConditionalGeneration` is ours and not the base's."""
     return name.startswith(("model.iasm.", "model.fusions."))
@@ -181,6 +217,39 @@ def make_inputs(batch_size: int = 2, seed: int = 0, text_tokens: int = 6) -> dic
         "attention_mask": torch.ones_like(input_ids),
         "pixel_values": torch.randn(batch_size, 3, 32, 32, generator=generator),
     }
+
+
+def training_examples(targets: bool = True) -> list[dict]:
+    """Six photographs of noise; the second has no targets."""
+    captions = ["good , blurred .", "wrong", "underexposed", "what is good ?", "blurred", "this photograph is good ."]
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 256, (len(captions), 30, 40, 3), dtype=np.uint8)
+    rows = [{"image": Image.fromarray(one), "caption": caption} for one, caption in zip(pixels, captions)]
+    if targets:
+        for row in rows:
+            row["score"] = generator.dirichlet(np.ones(10)).tolist()
+            row["saliency"] = generator.random((6, 8)).tolist()
+            row["aspect_labels"] = generator.integers(-1, 2, 3).astype(float).tolist()
+            row["caption_weight"] = float(generator.random())
+        rows[1] |= {"score": None, "saliency": None, "aspect_labels": None, "caption_weight": None}
+    return rows
+
+
+def losses(trainer: Trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def assert_nothing_is_left(model: ASEForConditionalGeneration):
+    """No call of the image encoder is under way, and nobody goes on keeping what the IASM says."""
+    with pytest.raises(RuntimeError, match="Encoder layer 1 ran outside a call of its image encoder"):
+        model.model.vision_tower.encoder.layers[1](torch.zeros(1, 17, 32), None)
+    said = []
+    hook = model.model.iasm.register_forward_hook(lambda m, args, out: said.append(weakref.ref(out.saliency_tokens)))
+    with torch.no_grad():
+        assert model(**make_inputs()).saliency_maps is not None
+    hook.remove()
+    gc.collect()
+    assert [reference() for reference in said] == [None]
 
 
 @pytest.fixture

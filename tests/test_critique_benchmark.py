@@ -42,54 +42,10 @@ def test_every_arm_starts_as_the_base(name, processor):
     assert torch.equal(expected, logits)
 
 
-def tokens_of(name: str, processor, scale: float = 1.0) -> torch.Tensor:
-    """Saliency tokens; `scale` sharpens the map."""
-    model = arm_of(name, processor)
-    model.model.iasm.map_head[-1].weight.data.mul_(scale)
-    with torch.inference_mode():
-        return model.model.iasm(make_batch(processor)["pixel_values"]).saliency_tokens
-
-
 def test_control_has_the_parameters_of_ase_and_no_map_loss(processor):
-    ase, control, untied = (arm_of(name, processor) for name in ("ase", "control", "control-untied"))
-    assert ase.num_parameters() == control.num_parameters() == untied.num_parameters()
-    weights = [model.config.iasm_config.saliency_loss_weight for model in (ase, control, untied)]
-    assert weights == [1.0, 0.0, 0.0]
-
-
-def test_tokens_of_the_untied_control_do_not_follow_the_map(processor):
-    assert not torch.equal(tokens_of("ase", processor), tokens_of("ase", processor, 20))
-    assert torch.equal(tokens_of("control-untied", processor), tokens_of("control-untied", processor, 20))
-
-
-@pytest.mark.parametrize(
-    "name, kept", [("all-tokens", slice(None)), ("pooled-only", slice(0, 4)), ("ase", slice(6, None))]
-)
-def test_tokens_that_leave_the_module(name, kept, processor):
-    model = arm_of(name, processor)
-    iasm, seen = model.model.iasm, []
-    iasm.layers[-1].register_forward_hook(lambda module, inputs, output: seen.append(output))
-    with torch.inference_mode():
-        outputs = iasm(make_batch(processor)["pixel_values"])
-        assert torch.equal(outputs.saliency_tokens, iasm.norm(seen[0][:, kept]))
-    assert outputs.aspect_logits.shape == (2, len(FAULTS)) and outputs.score_logits.shape == (2, 10)
-
-
-@pytest.mark.parametrize(
-    "name, module, part",
-    [
-        ("no-contrast", "map_pyramid.photometry_projection", slice(10, None)),
-        ("no-subject-photometry", "geometry.0", slice(24, None)),
-        ("no-places", "positions", slice(None)),
-    ],
-)
-def test_inputs_are_silenced(name, module, part, processor):
-    seen = {}
-    for arm in ("ase", name):
-        iasm = arm_of(arm, processor).model.iasm
-        iasm.get_submodule(module).register_forward_pre_hook(lambda _, args, arm=arm: seen.update({arm: args[0]}))
-        iasm(make_batch(processor)["pixel_values"])
-    assert seen["ase"][:, part].abs().max() > 0 and seen[name][:, part].abs().max() == 0
+    ase, control = (arm_of(name, processor) for name in ("ase", "control"))
+    assert ase.num_parameters() == control.num_parameters()
+    assert [model.config.iasm_config.saliency_loss_weight for model in (ase, control)] == [1.0, 0.0]
 
 
 @pytest.mark.parametrize("name, term", [("no-score-loss", "score"), ("no-aspect-loss", "aspect"), ("ase", None)])
@@ -102,18 +58,6 @@ def test_a_loss_term_is_left_out(name, term, processor):
 @pytest.mark.parametrize("name, layers", [("fusion-first", [0]), ("fusion-middle", [1]), ("fusion-last", [2])])
 def test_one_layer_is_fused(name, layers, processor):
     assert arm_of(name, processor).config.fusion_layers == layers
-
-
-def test_the_mask_multiplies_patches_and_not_the_class_token(processor):
-    model = arm_of("mask", processor)
-    mask = model.model.fusions.get_submodule("0")
-    mask.gate.data.fill_(100.0)
-    with torch.inference_mode():
-        model.model.iasm(make_batch(processor)["pixel_values"])
-        masked = mask(torch.ones(2, 37, 192), torch.zeros(2, 8, 128))
-    pooled = torch.nn.functional.adaptive_avg_pool2d(mask.maps, 6).flatten(1)
-    torch.testing.assert_close(masked[:, 1:, 0], pooled / pooled.amax(1, keepdim=True))
-    assert torch.equal(masked[:, 0], torch.ones(2, 192))
 
 
 def test_the_base_is_the_bundles_without_its_branch(processor):
@@ -220,7 +164,7 @@ def test_differences_are_those_of_the_same_seed():
             **{"parameters": 5e6, "seconds of training": 100},
         }
 
-    values = {"base": (0.25, 0.5), "ase": (0.5, 0.75), "mask": (0.5,)}
+    values = {"base": (0.25, 0.5), "ase": (0.5, 0.75), "no-score-loss": (0.5,)}
     runs = {(arm, seed): one for arm, seeds in values.items() for seed, one in enumerate(seeds)}
     figures = {run: benchmark.figures_of(result(one, run[0] != "base")) for run, one in runs.items()}
     names = ("warm_up", "vision_samples", "samples", "pictures", "test_pictures")

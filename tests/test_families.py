@@ -48,26 +48,45 @@ def case(request) -> Case:
     return Case(family, base, fresh, open_gates(copy.deepcopy(fresh)))
 
 
-def greedy(model: PreTrainedModel, inputs: dict[str, torch.Tensor], **kwargs) -> torch.Tensor:
-    return model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, **kwargs)
+def generate(model: PreTrainedModel, inputs: dict[str, torch.Tensor], **options):
+    torch.manual_seed(1)
+    return model.generate(**inputs, **{"max_new_tokens": NEW_TOKENS, "do_sample": False, **options})
+
+
+def in_dtype(inputs: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
+
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
 
 @torch.no_grad()
-def test_a_fresh_graft_is_the_base(case):
+@DTYPES
+def test_a_fresh_graft_is_the_base(case, dtype):
+    inputs = in_dtype(case.inputs(), dtype)
+    models = (copy.deepcopy(model).to(dtype) for model in (case.fresh, case.base))
+    ours, expected = (model(**inputs, output_hidden_states=True) for model in models)
+    assert torch.equal(ours.logits, expected.logits)
+    assert all(map(torch.equal, ours.get("hidden_states") or (), expected.get("hidden_states") or ()))
+    assert ours.saliency_maps.isfinite().all()
+
+
+@torch.no_grad()
+def test_a_fresh_graft_writes_what_the_base_writes(case):
     inputs = case.inputs()
-    assert torch.equal(case.fresh(**inputs).logits, case.base(**inputs).logits)
     for cached in (True, False):
         options = {"use_cache": cached, "output_logits": True, "return_dict_in_generate": True}
-        ours, expected = (greedy(model, inputs, **options) for model in (case.fresh, case.base))
+        ours, expected = (generate(model, inputs, **options) for model in (case.fresh, case.base))
         assert torch.equal(ours.sequences, expected.sequences)
         assert all(map(torch.equal, ours.logits, expected.logits))
-    try:
-        beams = greedy(case.base, inputs, num_beams=2)
-    except Exception as error:  # some bases have no beams
-        with pytest.raises(type(error)):
-            greedy(case.fresh, inputs, num_beams=2)
-    else:
-        assert torch.equal(greedy(case.fresh, inputs, num_beams=2), beams)
+    for options in ({"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2, "top_k": 0}):
+        try:
+            expected = generate(case.base, inputs, **options)
+        except Exception as error:  # some bases have no beams
+            with pytest.raises(type(error)):
+                generate(case.fresh, inputs, **options)
+        else:
+            assert torch.equal(generate(case.fresh, inputs, **options), expected)
 
 
 def test_the_encoder_is_found_where_its_weights_are_not(case):
@@ -88,7 +107,7 @@ def test_open_gates_move_the_logits_and_generation_follows(case):
     fused = case.fused(**inputs).logits
     assert fused.isfinite().all()
     assert (fused - case.fresh(**inputs).logits).abs().max() > 1e-3
-    tokens = greedy(case.fused, inputs, output_logits=True, return_dict_in_generate=True)
+    tokens = generate(case.fused, inputs, output_logits=True, return_dict_in_generate=True)
     torch.testing.assert_close(tokens.logits[0], fused[:, -1].float(), atol=1e-4, rtol=1e-4)
 
 
@@ -112,17 +131,17 @@ def test_generation_says_what_the_iasm_saw(options, case):
             torch.testing.assert_close(result[name], expected[name])
 
 
-def test_every_added_parameter_gets_a_gradient(case):
-    case.fused.zero_grad()
-    outputs = case.fused(**case.inputs())
+@DTYPES
+def test_every_added_parameter_gets_a_finite_gradient(case, dtype):
+    model = copy.deepcopy(case.fused).to(dtype)
+    outputs = model(**in_dtype(case.inputs(), dtype))
+    assert all(outputs[name].isfinite().all() for name in ("logits", *SALIENCY_OUTPUTS) if name in outputs)
     (outputs.logits.square().mean() + outputs.score_logits.square().mean() + outputs.aspect_logits.mean()).backward()
-    missing = [
-        name
-        for name, parameter in case.fused.named_parameters()
-        if is_added(name) and (parameter.grad is None or not parameter.grad.any())
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert not [name for name, gradient in gradients.items() if gradient is not None and not gradient.isfinite().all()]
+    assert not [
+        name for name in gradients if is_added(name) and (gradients[name] is None or not gradients[name].any())
     ]
-    case.fused.zero_grad()
-    assert not missing
 
 
 @torch.no_grad()
@@ -131,7 +150,9 @@ def test_an_image_moves_its_own_sample_only(case):
     change = (after.logits - before.logits).abs().amax((1, 2))
     assert change[0] < 1e-5 and change[1] > 1e-3
     images = len(case.fused(**case.family.inputs(case.images()[:1])).score_logits)
-    assert torch.equal(after.score_logits[:images], before.score_logits[:images])
+    for name in ("saliency_maps", "score_logits", "aspect_logits"):
+        assert torch.equal(after[name][:images], before[name][:images])
+        assert not torch.equal(after[name][images:], before[name][images:])
 
 
 @torch.no_grad()
@@ -158,7 +179,10 @@ def test_without_an_image_nothing_changes(case):
         with pytest.raises(TypeError):
             case.fused(**inputs)
     else:
-        assert torch.equal(case.fused(**inputs).logits, logits)
+        outputs = case.fused(**inputs)
+        assert torch.equal(outputs.logits, logits)
+        assert outputs.saliency_maps is None and outputs.score_logits is None
+        assert torch.equal(generate(case.fused, inputs), generate(case.base, inputs))
 
 
 @torch.no_grad()
@@ -176,10 +200,12 @@ def test_saves_and_loads_itself(case, tmp_path):
     torch.testing.assert_close(loaded(**inputs).logits, case.fused(**inputs).logits, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("frozen", [False, True], ids=["all", "frozen_base"])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_changes_nothing(case, reentrant):
+def test_gradient_checkpointing_changes_nothing(case, reentrant, frozen):
     model = copy.deepcopy(case.fused).train()
-    model.enable_input_require_grads()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_added(name) or not frozen)
 
     def gradients() -> dict[str, torch.Tensor]:
         model.zero_grad()
@@ -190,14 +216,6 @@ def test_gradient_checkpointing_changes_nothing(case, reentrant):
     plain = gradients()
     model.activation_checkpointing_enable({"use_reentrant": reentrant})
     torch.testing.assert_close(gradients(), plain)
-
-
-@torch.no_grad()
-def test_bfloat16_is_finite(case):
-    model = copy.deepcopy(case.fused).bfloat16()
-    inputs = {name: t.bfloat16() if t.is_floating_point() else t for name, t in case.inputs().items()}
-    outputs = model(**inputs)
-    assert outputs.logits.isfinite().all() and outputs.saliency_maps.isfinite().all()
 
 
 @torch.no_grad()

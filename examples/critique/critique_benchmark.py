@@ -16,15 +16,9 @@ those of the critique generator, tested on held-out photographs and cut-outs. Wh
     base            the base, fine-tuned; no saliency branch
     base-longer     the same on three times as many samples in every part, to see whether it only lacks training
     control         the saliency branch without map targets: the same parameters and compute, a free attention map
-    control-untied  the same, and its tokens pool the picture everywhere instead of under that map
     ase             ASE: the map is supervised, and the tokens are tied to it
     fusion-*        ASE with one fusion layer: the first, the middle or the last
-    all-tokens      ASE whose evidence goes to the encoder and the heads beside its queries; pooled-only: the evidence of
-                    the map in place of the queries
     no-score-loss   ASE without scores; no-aspect-loss: without aspects for the IASM (control is the one without map)
-    mask            ASE whose map multiplies the patches, in place of the cross-attention
-    no-contrast     ASE whose map is made without the maps of what differs; no-subject-photometry: whose geometry token
-                    does not measure the subject's light and detail; no-places: whose queries do not know places
 
 Finished runs are kept in `--work`, and with `--record FILE.md` in FILE.json, and not run again; arms that differ from
 `ase` behind its saliency module only take that module from the first of them. Needs the extra `evaluation`.
@@ -60,37 +54,29 @@ from transformers import (
     set_seed,
 )
 
-from ase_mllm import ASEConfig, ASEForConditionalGeneration, ASEProcessor, IASMConfig
+from ase_mllm import ASEForConditionalGeneration, ASEProcessor, IASMConfig
 from ase_mllm.modeling_iasm import (
-    ImageAestheticSaliencyModule,
-    SaliencyCrossAttention,
     aspect_loss,
     saliency_losses,
     score_loss,
 )
-from ase_mllm.photometry import NUM_GEOMETRY, NUM_MAPS
 
 
 BUNDLE = Path(__file__).parents[1] / "ase-mini"
 SALIENCY_SIZE = 128  # pixels that the new saliency branch sees; the base sees 192
 WEIGHTS = {"score_loss_weight": 5.0, "aspect_loss_weight": 3.0, "saliency_loss_weight": 1.0}
 MAIN_ARMS = ("base", "control", "ase")
-ABLATIONS = (
-    "fusion-first", "fusion-middle", "fusion-last", "all-tokens", "pooled-only", "no-score-loss", "no-aspect-loss", "mask",
-    "no-contrast", "no-subject-photometry", "no-places",
-)  # fmt: skip
-ARMS = (*MAIN_ARMS, "base-longer", "control-untied", *ABLATIONS)
+ABLATIONS = ("fusion-first", "fusion-middle", "fusion-last", "no-score-loss", "no-aspect-loss")
+ARMS = (*MAIN_ARMS, "base-longer", *ABLATIONS)
 BASES = ("base", "base-longer")
 LONGER = 3
 FUSION_LAYERS = {"fusion-first": [0], "fusion-middle": [1], "fusion-last": [2]}
 ADDED_LOSSES = {
     "control": {"saliency_loss_weight": 0.0},
-    "control-untied": {"saliency_loss_weight": 0.0},
     "no-score-loss": {"score_loss_weight": 0.0},
     "no-aspect-loss": {"aspect_loss_weight": 0.0},
 }
-SAME_IASM = ("ase", "fusion-first", "fusion-middle", "fusion-last", "mask")  # before the first part ends
-TOKENS = {"all-tokens": slice(None), "pooled-only": slice(0, 4)}
+SAME_IASM = ("ase", "fusion-first", "fusion-middle", "fusion-last")  # before the first part ends
 QUICK = {
     "arms": MAIN_ARMS,
     "seeds": [0],
@@ -247,90 +233,13 @@ def graft(arm: str, base: LlavaForConditionalGeneration, processor: ASEProcessor
         aspect_names=list(FAULTS),
         **{**WEIGHTS, **ADDED_LOSSES.get(arm, {})},
     )
-    model = ASEForConditionalGeneration.from_mllm_pretrained(
+    return ASEForConditionalGeneration.from_mllm_pretrained(
         base,
         iasm_config=iasm_config,
         fusion_layers=FUSION_LAYERS.get(arm, [0, 1, 2]),
         fusion_hidden_size=192,
         fusion_num_attention_heads=12,
     )
-    iasm = model.model.iasm
-    if arm == "control-untied":
-        untie_tokens(iasm)
-    if arm in TOKENS:
-        give_tokens(iasm, TOKENS[arm])
-    if arm == "no-contrast":
-        silence(iasm.map_pyramid.photometry_projection, slice(NUM_MAPS, None), dim=1)
-    if arm == "no-subject-photometry":
-        silence(iasm.geometry, slice(NUM_GEOMETRY, None), dim=1)
-    if arm == "no-places":
-        silence(iasm.positions, slice(None), dim=1)
-        iasm.positions.bias.requires_grad_(False)
-    if arm == "mask":
-        width = model.config.vision_config.hidden_size
-        for layer in model.config.fusion_layers:
-            model.model.fusions.add_module(str(layer), SaliencyMask(model.config, width, iasm))
-    return model
-
-
-def untie_tokens(iasm: ImageAestheticSaliencyModule) -> None:
-    """Evidence of the whole picture, whatever the map."""
-    make_summary_tokens = iasm.make_summary_tokens
-
-    def changed(features: torch.Tensor, maps: torch.Tensor, *photometry: torch.Tensor) -> torch.Tensor:
-        return make_summary_tokens(features, torch.full_like(maps, 1 / maps[0].numel()), *photometry)
-
-    iasm.make_summary_tokens = changed
-
-
-def give_tokens(iasm: ImageAestheticSaliencyModule, kept: slice) -> None:
-    """Others of evidence and queries, as they leave the last layer, for the encoder and for heads of that size."""
-    make_saliency_tokens = iasm.make_saliency_tokens
-    number = len(range(len(iasm.token_types))[kept])
-    for name in ("score_head", "aspect_head"):
-        head = nn.Linear(number * iasm.config.hidden_size, getattr(iasm, name).out_features)
-        iasm._init_weights(head)
-        setattr(iasm, name, head)
-
-    def changed(*args: torch.Tensor) -> torch.Tensor:
-        seen = []
-        hook = iasm.layers[-1].register_forward_hook(lambda module, inputs, output: seen.append(output))
-        make_saliency_tokens(*args)
-        hook.remove()
-        return iasm.norm(seen[0][:, kept])
-
-    iasm.make_saliency_tokens = changed
-
-
-def silence(module: nn.Module, part: slice, dim: int) -> None:
-    """Zeros in place of a part of what a module reads."""
-
-    def zeroed(module: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
-        keep = torch.ones(inputs[0].shape[dim])
-        keep[part] = 0
-        return inputs[0] * keep.view([-1 if axis == dim else 1 for axis in range(inputs[0].ndim)])
-
-    module.register_forward_pre_hook(zeroed)
-
-
-class SaliencyMask(SaliencyCrossAttention):
-    """In place of the attention, patches times the saliency at their place, its largest value 1; as many parameters."""
-
-    def __init__(self, config: ASEConfig, hidden_size: int, iasm: ImageAestheticSaliencyModule):
-        super().__init__(config, hidden_size)
-        predict_map = iasm.predict_map
-
-        def remembered(*args: torch.Tensor) -> torch.Tensor:
-            self.maps = predict_map(*args)
-            return self.maps
-
-        iasm.predict_map = remembered
-
-    def forward(self, hidden_states: torch.Tensor, saliency_tokens: torch.Tensor) -> torch.Tensor:
-        side = round((hidden_states.shape[1] - 1) ** 0.5)
-        mask = F.adaptive_avg_pool2d(self.maps, side).flatten(1)
-        mask = F.pad(mask / mask.amax(1, keepdim=True), (1, 0), value=1.0)  # the class token stays as it is
-        return hidden_states * (1 + self.gate.tanh() * (mask.unsqueeze(-1) - 1))
 
 
 # Runs ----------------------------------------------------------------------------------------------------------------
