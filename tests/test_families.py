@@ -139,9 +139,9 @@ def test_every_added_parameter_gets_a_finite_gradient(case, dtype):
     (outputs.logits.square().mean() + outputs.score_logits.square().mean() + outputs.aspect_logits.mean()).backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert not [name for name, gradient in gradients.items() if gradient is not None and not gradient.isfinite().all()]
-    assert not [
-        name for name in gradients if is_added(name) and (gradients[name] is None or not gradients[name].any())
-    ]
+    # a bias of the keys shifts all scores of a query alike, which softmax does not see
+    added = [name for name in gradients if is_added(name) and not name.endswith("k_proj.bias")]
+    assert not [name for name in added if gradients[name] is None or not gradients[name].any()]
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ASPECTS, IASM, IMAGE_TOKENS, make_inputs, tiny_model
+from conftest import ASPECTS, IASM, IMAGE_TOKENS, make_inputs, tiny_iasm, tiny_model
 
 from ase_mllm import IASMConfig, ImageAestheticSaliencyModule
 from ase_mllm.modeling_iasm import (
@@ -25,11 +25,6 @@ def photo(height: int = 64, width: int = 96, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     coarse = F.interpolate(torch.rand(1, 3, 5, 7, generator=generator), (height, width), mode="bilinear")
     return (coarse * 2.4 - 0.7 + 0.03 * torch.randn(coarse.shape, generator=generator)).clamp(0, 1)
-
-
-def tiny_iasm(**kwargs) -> ImageAestheticSaliencyModule:
-    torch.manual_seed(0)
-    return ImageAestheticSaliencyModule(IASMConfig(**{**IASM, **kwargs})).eval()
 
 
 def luma_of(pixels: np.ndarray) -> np.ndarray:
@@ -240,11 +235,18 @@ def test_a_tilt_turns_the_phase_of_the_edges():
 # Pixels -------------------------------------------------------------------------------------------------------------
 
 
-def test_to_rgb_undoes_the_normalisation():
-    iasm = tiny_iasm()
-    mean, std = (torch.tensor(getattr(iasm.config, f"image_{name}")).view(1, 3, 1, 1) for name in ("mean", "std"))
+def normalised(iasm: ImageAestheticSaliencyModule, pixels: torch.Tensor) -> torch.Tensor:
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (iasm.config.image_mean, iasm.config.image_std))
+    return (pixels - mean) / std
+
+
+@pytest.mark.parametrize(
+    "numbers", [{}, {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.2, 0.4, 0.8]}], ids=["default", "configured"]
+)
+def test_to_rgb_undoes_the_normalisation(numbers):
+    iasm = tiny_iasm(**numbers)
     pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(iasm.to_rgb((pixels - mean) / std), pixels, rtol=0, atol=1e-6)
+    torch.testing.assert_close(iasm.to_rgb(normalised(iasm, pixels)), pixels, rtol=0, atol=1e-6)
     assert iasm.to_rgb(torch.full((1, 3, 64, 64), 100.0)).max() == 1
     assert iasm.to_rgb(torch.full((1, 3, 64, 64), -100.0)).min() == 0
 
@@ -285,11 +287,6 @@ def test_maps_are_probabilities(dtype):
     assert outputs.saliency_tokens.shape == (3, 2, 32) and outputs.saliency_tokens.dtype == dtype
     assert outputs.score_logits.shape == (3, 10) and outputs.aspect_logits.shape == (3, len(ASPECTS))
     assert outputs.loss is None
-
-
-def normalised(iasm: ImageAestheticSaliencyModule, pixels: torch.Tensor) -> torch.Tensor:
-    mean, std = (torch.tensor(getattr(iasm.config, f"image_{name}")).view(1, 3, 1, 1) for name in ("mean", "std"))
-    return (pixels - mean) / std
 
 
 @pytest.mark.parametrize("fault", ["dark", "cast"])
@@ -499,7 +496,9 @@ TERMS = {"score_targets": "score_loss", "saliency_targets": "saliency_loss", "as
 @pytest.mark.parametrize("with_labels", [True, False])
 def test_each_term_counts_where_its_targets_are_given(given, with_labels):
     inputs = training_inputs()
-    model = tiny_model(iasm_config={**IASM, "score_loss_weight": 2.0, "saliency_loss_weight": 0.5})
+    model = tiny_model(
+        iasm_config={**IASM, "score_loss_weight": 2.0, "saliency_loss_weight": 0.5, "aspect_loss_weight": 3.0}
+    )
     for name in TERMS:
         if name not in given:
             inputs.pop(name)
@@ -507,7 +506,7 @@ def test_each_term_counts_where_its_targets_are_given(given, with_labels):
     if with_labels:
         inputs["labels"] = labels
     outputs = model(**inputs)
-    weights = {"score_targets": 2.0, "saliency_targets": 0.5, "aspect_targets": 1.0}
+    weights = {"score_targets": 2.0, "saliency_targets": 0.5, "aspect_targets": 3.0}
     parts = [weights[name] * outputs[TERMS[name]] for name in given]
     for name, term in TERMS.items():
         assert (getattr(outputs, term) is not None) == (name in given)
@@ -580,39 +579,24 @@ def test_scores_of_some_samples_only():
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_losses_of_micro_batches_add_up(weighted):
+@pytest.mark.parametrize("unequal", [False, True])
+def test_losses_of_micro_batches_add_up(unequal, weighted):
     """As the `Trainer` accumulates gradients: each micro-batch knows the target tokens of the whole step."""
     inputs = training_inputs(batch_size=4)
     if weighted:
         inputs["caption_weights"] = torch.tensor([1.0, 0.0, 2.5, 0.5])
+    if unequal:  # captions count by their tokens, the other terms by their images
+        inputs["labels"][0, -4:] = -100
+        inputs = {name: tensor for name, tensor in inputs.items() if name not in TERMS}
     model = tiny_model()
-    whole = model(**inputs)
+    whole = model(**inputs).loss
     count = (inputs["labels"][:, 1:] != -100).sum()
-    halves = [
-        model(**{name: tensor[half] for name, tensor in inputs.items()}, num_items_in_batch=count)
-        for half in (slice(0, 2), slice(2, 4))
-    ]
-    torch.testing.assert_close(halves[0].loss + halves[1].loss, whole.loss)
-    torch.testing.assert_close(model(**inputs, num_items_in_batch=count).loss, whole.loss)
-    torch.testing.assert_close(model(**inputs, num_items_in_batch=count.item()).loss, whole.loss)
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-def test_captions_of_different_length_add_up_by_token(weighted):
-    inputs = training_inputs(batch_size=3)
-    for name in TERMS:
-        inputs.pop(name)
-    inputs["labels"][0, -4:] = -100
-    if weighted:
-        inputs["caption_weights"] = torch.tensor([0.5, 2.0, 1.0])
-    model = tiny_model()
-    count = (inputs["labels"][:, 1:] != -100).sum()
-    assert count == 2 + 6 + 6
-    parts = [
-        model(**{name: tensor[i : i + 1] for name, tensor in inputs.items()}, num_items_in_batch=count).loss
-        for i in range(3)
-    ]
-    torch.testing.assert_close(sum(parts), model(**inputs).loss, rtol=1e-4, atol=1e-5)
+    assert count == 4 * 6 - 4 * unequal
+    halves = [{name: tensor[half] for name, tensor in inputs.items()} for half in (slice(0, 1), slice(1, 4))]
+    parts = [model(**half, num_items_in_batch=count).loss for half in halves]
+    torch.testing.assert_close(sum(parts), whole, rtol=1e-4, atol=1e-5)
+    for given in (count, count.item()):
+        torch.testing.assert_close(model(**inputs, num_items_in_batch=given).loss, whole)
 
 
 def test_caption_weights():
