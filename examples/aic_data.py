@@ -6,7 +6,7 @@ Data sets of aesthetic image captioning in one schema, and a report of what they
     python examples/aic_data.py flickr-aes-test.json --images FLICKR-AES --score-range 0 1
     python examples/aic_data.py somebody/photo-critiques --columns caption=text --streaming
 
-Sources, told apart by their names and contents:
+Sources, told apart by their names and contents (`readers` has a file a form):
     a folder with metadata.jsonl or metadata.csv   your own, as imagefolder has it: file_name, caption or captions, ...
     any .jsonl, .csv or .json list of such rows    e.g. [{"image": "953980.jpg", "gt_score": 5.21}] of score lists
     guru_{train,validation,test}.json              PCCD, one row for each of the seven aspects of a photograph
@@ -30,7 +30,6 @@ import csv
 import functools
 import hashlib
 import itertools
-import json
 import math
 import os
 import random
@@ -46,6 +45,7 @@ from typing import Any
 import datasets
 import numpy as np
 from PIL import Image
+from readers import find_files, read_rows
 
 from ase_mllm import ASEProcessor
 from ase_mllm.processing_ase import AESTHETIC_PROMPTS
@@ -71,25 +71,6 @@ RAW_FEATURES = datasets.Features(
     {**FEATURES, "image": datasets.Image(decode=False), "problems": datasets.List(datasets.Value("string"))}
 )
 
-PCCD_ASPECTS = (  # in the order of PCCD's `score`
-    "general_impression",
-    "subject_of_photo",
-    "composition",
-    "use_of_camera",
-    "depth_of_field",
-    "color_lighting",
-    "focus",
-)
-DPC_ASPECTS = ("color_lighting", "composition", "depth_and_focus", "impression_and_subject", "use_of_camera")
-# the first of these that a folder has is read
-PATTERNS = (
-    ("**/metadata.jsonl",),
-    ("**/metadata.csv",),
-    ("guru_*.json",),
-    ("processed_info_*.json",),
-    tuple(f"{aspect}.json" for aspect in DPC_ASPECTS),
-    ("AVA.txt",),
-)
 SPLITS = {
     **dict.fromkeys(("train", "training", "restval"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -383,103 +364,10 @@ def is_kept(problems: list[str]) -> bool:
 # Files ---------------------------------------------------------------------------------------------------------------
 
 
-def find_files(source: Path) -> list[Path]:
-    """The files to read of a local source; empty where the `datasets` library has to tell."""
-    if source.is_file():
-        return [source]
-    for patterns in PATTERNS:
-        if found := sorted(file for pattern in patterns for file in source.glob(pattern)):
-            return found
-    return []
-
-
 def split_of(path: Path) -> str:
     """The split that the last part of a path names which names any, `train` if none does."""
     words = re.split(r"[^a-z]+", path.as_posix().lower())
     return next((SPLITS[word] for word in reversed(words) if word in SPLITS), "train")
-
-
-def read_rows(file: Path) -> Iterator[dict[str, Any] | None]:
-    """The rows of a file in any of the forms, by the names of the schema; None for what cannot be read as a row."""
-    # NOTE: not by the builders of `datasets`: one score that is no number, or one broken line, would stop them
-    suffix = file.suffix.lower()
-    if suffix == ".jsonl":
-        yield from read_json_lines(file)
-    elif suffix == ".csv":
-        with open(file, encoding="utf-8-sig", errors="replace", newline="") as lines:
-            yield from csv.DictReader(lines)
-    elif suffix == ".txt":
-        yield from read_ava(file)
-    elif suffix == ".json":
-        yield from read_json(json.loads(file.read_text(encoding="utf-8-sig", errors="replace")), file)
-    else:
-        raise ValueError(f"{file} is none of .jsonl, .csv, .json and AVA's .txt.")
-
-
-def read_json_lines(file: Path) -> Iterator[dict[str, Any] | None]:
-    with open(file, encoding="utf-8-sig", errors="replace") as lines:
-        for line in lines:
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError:
-                    row = None
-                yield row if isinstance(row, dict) else None
-
-
-def read_ava(file: Path) -> Iterator[dict[str, Any] | None]:
-    """Lines of `index image_id count_1 ... count_10 tag tag challenge`."""
-    with open(file, encoding="utf-8") as lines:
-        for line in lines:
-            cells = line.split()
-            if len(cells) >= 12:
-                yield {"image": cells[1], "score": cells[2:12]}
-            elif cells:
-                yield None
-
-
-def read_json(content: Any, file: Path) -> Iterator[dict[str, Any] | None]:
-    """AVA-Captions and DPC-Captions are objects, the others lists of objects."""
-    if isinstance(content, dict) and "images" in content:
-        for entry in content["images"]:
-            if isinstance(entry, dict):
-                sentences = entry.get("sentences") or []
-                captions = [one.get("raw") if isinstance(one, dict) else one for one in sentences]
-                yield {"image": entry.get("filename"), "captions": captions, "split": entry.get("split")}
-            else:
-                yield None
-    elif isinstance(content, dict):
-        for name, comments in content.items():
-            yield {"image": name, "captions": comments, "aspect": file.stem}
-    elif isinstance(content, list):
-        for entry in content:
-            if not isinstance(entry, dict):
-                yield None
-            elif "general_impression" in entry:
-                yield from pccd_rows(entry)
-            elif "im_paths" in entry:
-                yield {
-                    "image": entry["im_paths"],
-                    "image_id": entry.get("im_id"),
-                    "captions": entry.get("first_level_comments_values"),
-                    "score": entry.get("mean_score"),
-                    "score_range": (0, 1),
-                }
-            else:
-                yield entry
-    else:
-        raise ValueError(f"{file} holds neither a list nor an object.")
-
-
-def pccd_rows(entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    for aspect, score in itertools.zip_longest(PCCD_ASPECTS, (entry.get("score") or [])[: len(PCCD_ASPECTS)]):
-        yield {
-            "image": entry.get("title"),
-            "captions": entry.get(aspect),
-            "aspect": aspect,
-            "aspect_score": score,
-            "score": entry.get("overall"),
-        }
 
 
 def index_images(folder: Path, by_name: bool) -> dict[str, str]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import tiny_model, tiny_processor
 from PIL import Image
+from readers import pccd
 from torch.utils.data import DataLoader
 
 from ase_mllm import ASEDataCollator
@@ -81,7 +82,7 @@ def test_pccd(tmp_path):
     _write(tmp_path / "guru_test.json", [{**PCCD, "title": "5_not-here"}])
     rows, report = _load(tmp_path, tmp_path / "images" / "full")
     assert list(rows) == ["train", "validation", "test"]
-    assert [row["aspect"] for row in rows["train"][:6]] == [name for name in aic_data.PCCD_ASPECTS if PCCD[name]]
+    assert [row["aspect"] for row in rows["train"][:6]] == [name for name in pccd.ASPECTS if PCCD[name]]
     assert [row["aspect_score"] for row in rows["train"][:6]] == [7, 8, 6, 7, 7, 7]
     assert rows["train"][2]["captions"] == ["The straw is distracting."]
     scores = {row["image_id"]: row["score_mean"] for row in rows["train"]}
