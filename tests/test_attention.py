@@ -74,7 +74,7 @@ def test_the_parts_can_be_switched_alone():
         ({"": "sdpa", "vision_config": "spied", "text_config": "sdpa"}, VISION),
         ({"": "spied", "vision_config": "sdpa", "text_config": "sdpa"}, OURS),
     ],
-    ids=str,
+    ids=["sdpa", "spied", "vision", "base"],
 )
 def test_a_live_base_keeps_its_attention(attention, expected):
     """And what is added takes it over."""

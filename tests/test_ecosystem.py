@@ -9,11 +9,24 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import graft, is_added, make_inputs, open_gates, tiny_base, tiny_model, tiny_processor
+from conftest import (
+    LORA,
+    PEFT_ASKS,
+    TRAINING,
+    graft,
+    is_added,
+    losses,
+    make_inputs,
+    open_gates,
+    seeded_graft,
+    tiny_base,
+    tiny_model,
+    tiny_processor,
+    training_examples,
+)
 from datasets import Dataset
 from huggingface_hub import HfApi
 from peft import LoraConfig, get_peft_model
-from PIL import Image
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -32,51 +45,8 @@ from ase_mllm import ASEConfig, ASEDataCollator, ASEForConditionalGeneration, AS
 
 
 BUNDLED = Path(__file__).parents[1] / "examples" / "ase-mini"
-CAPTIONS = ["good , blurred .", "wrong", "underexposed", "what is good ?"]
-LORA = {
-    "r": 4,
-    "target_modules": r".*\.language_model\..*\.(q_proj|v_proj)",
-    "modules_to_save": ["iasm", "fusions"],
-}
 # what only a score and aspect labels teach, and biases of keys, whose gradient is zero
 UNTAUGHT = ("score_head.weight", "score_head.bias", "aspect_head.weight", "aspect_head.bias", "k_proj.bias")
-TRAINING = {
-    "max_steps": 3,
-    "per_device_train_batch_size": 2,
-    "learning_rate": 1e-2,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-    "use_cpu": True,
-    "seed": 3,
-}
-
-
-def photos() -> list[Image.Image]:
-    generator = np.random.default_rng(0)
-    return [Image.fromarray(generator.integers(0, 256, (30, 40, 3), dtype=np.uint8)) for _ in CAPTIONS]
-
-
-def rated_examples() -> list[dict]:
-    generator = np.random.default_rng(1)
-    return [
-        {
-            "images": [photo],
-            "caption": caption,
-            "score": generator.dirichlet(np.ones(10)).tolist(),
-            "saliency": generator.random((6, 8)).tolist(),
-            "aspect_labels": [1.0, 0.0, -1.0],
-            "caption_weight": float(generator.random()),
-        }
-        for photo, caption in zip(photos(), CAPTIONS)
-    ]
-
-
-def seeded_graft(gate: float = 0.0) -> ASEForConditionalGeneration:
-    base = tiny_base()
-    torch.manual_seed(7)
-    return open_gates(graft(base), gate)
 
 
 def logits(model: torch.nn.Module, **inputs) -> torch.Tensor:
@@ -86,10 +56,6 @@ def logits(model: torch.nn.Module, **inputs) -> torch.Tensor:
 
 def tokens(model: torch.nn.Module, **inputs) -> torch.Tensor:
     return model.generate(**(inputs or make_inputs()), max_new_tokens=4, do_sample=False)
-
-
-def losses(trainer: Trainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 # Evaluation by generating --------------------------------------------------------------------------------------------
@@ -103,7 +69,7 @@ def test_evaluation_generates_from_a_training_batch(tmp_path):
         seen.update(predictions=prediction.predictions, labels=prediction.label_ids)
         return {"count": float(len(prediction.predictions))}
 
-    model, processor = tiny_model(), tiny_processor()
+    model, processor, rows = tiny_model(), tiny_processor(), training_examples()
     collator = ASEDataCollator(processor)
     arguments = {"per_device_eval_batch_size": 1, "report_to": "none", "disable_tqdm": True, "use_cpu": True}
     trainer = Seq2SeqTrainer(
@@ -115,13 +81,13 @@ def test_evaluation_generates_from_a_training_batch(tmp_path):
             remove_unused_columns=False,
             **arguments,
         ),
-        eval_dataset=rated_examples(),
+        eval_dataset=rows,
         data_collator=collator,
         processing_class=processor,
         compute_metrics=compute_metrics,
     )
     metrics = trainer.evaluate()
-    batches = [collator([row]) for row in rated_examples()]
+    batches = [collator([row]) for row in rows]
     assert metrics["eval_count"] == len(batches)
     with torch.no_grad():
         assert metrics["eval_loss"] == pytest.approx(np.mean([model(**batch).loss for batch in batches]), rel=1e-5)
@@ -134,7 +100,7 @@ def test_evaluation_generates_from_a_training_batch(tmp_path):
 
 @pytest.mark.parametrize("strategy", [{"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}], ids=str)
 def test_targets_do_not_change_what_is_generated(strategy):
-    batch = ASEDataCollator(tiny_processor())(rated_examples()[:1])
+    batch = ASEDataCollator(tiny_processor())(training_examples()[:1])
     targets = {name: batch.pop(name) for name in [*batch] if name.endswith(("_targets", "_weights"))}
     assert len(targets) == 4
     written = []
@@ -146,20 +112,19 @@ def test_targets_do_not_change_what_is_generated(strategy):
 
 # TRL -----------------------------------------------------------------------------------------------------------------
 
-# TRL 1.16 and PEFT 0.21 still use the old names
+# TRL 1.16 still uses the old name
 TRL_SETS = "ignore:`gradient_checkpointing` is deprecated:FutureWarning"
-PEFT_ASKS = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 
 
 def conversations(form: str, rated: bool = False) -> Dataset:
     rows = []
-    for row in rated_examples():
+    for row in training_examples():
         question = [{"role": "user", "content": "Critique this photograph"}]
         answer = [{"role": "assistant", "content": row["caption"]}]
         if form == "messages":
-            columns = {"images": row["images"], "messages": question + answer}
+            columns = {"images": [row["image"]], "messages": question + answer}
         else:
-            columns = {"images": row["images"], "prompt": question, "completion": answer}
+            columns = {"images": [row["image"]], "prompt": question, "completion": answer}
         rows.append({**columns, "score": row["score"]} if rated else columns)
     return Dataset.from_list(rows)
 
@@ -219,7 +184,7 @@ def test_sft_drops_columns_that_its_collator_does_not_know(tmp_path):
 def test_sft_computes_its_own_loss_and_is_told_what_it_leaves_out(tmp_path):
     """It multiplies the body's hidden states by the head itself, so the saliency terms would vanish silently."""
     options = {"data_collator": ASEDataCollator(tiny_processor()), "remove_unused_columns": False}
-    dataset = Dataset.from_list(rated_examples())
+    dataset = Dataset.from_list(training_examples())
     with pytest.raises(ValueError, match=r"score_targets.*need `ASEForConditionalGeneration\.forward`"):
         sft(seeded_graft(), tmp_path / "theirs", dataset, **options)
 
@@ -228,9 +193,9 @@ def test_sft_computes_its_own_loss_and_is_told_what_it_leaves_out(tmp_path):
 
     model = seeded_graft()
     with torch.no_grad():
-        expected = model(**ASEDataCollator(tiny_processor())(rated_examples()))
+        expected = model(**ASEDataCollator(tiny_processor())(training_examples()))
     trained = sft(
-        model, tmp_path / "ours", dataset, CritiqueTrainer, per_device_train_batch_size=4, **options
+        model, tmp_path / "ours", dataset, CritiqueTrainer, per_device_train_batch_size=len(dataset), **options
     )  # one batch of all, so that the order is of no account
     assert expected.loss > expected.caption_loss
     assert losses(trained)[0] == pytest.approx(expected.loss.item(), rel=1e-5)
@@ -276,7 +241,7 @@ def bundled() -> tuple[ASEForConditionalGeneration, dict[str, torch.Tensor]]:
     """The bundled model and an input: bitsandbytes wants widths that are multiples of 64."""
     pytest.importorskip("bitsandbytes")
     processor = ASEProcessor.from_pretrained(BUNDLED)
-    inputs = processor(images=photos()[0], text=processor.critique_prompt(), return_tensors="pt")
+    inputs = processor(images=training_examples()[0]["image"], text=processor.critique_prompt(), return_tensors="pt")
     return ASEForConditionalGeneration.from_pretrained(BUNDLED), inputs
 
 
@@ -339,7 +304,7 @@ def test_lora_on_a_quantised_base(bits, bundled, tmp_path):
     trainer = Trainer(
         model=adapted,
         args=TrainingArguments(str(tmp_path), remove_unused_columns=False, **TRAINING),
-        train_dataset=rated_examples(),
+        train_dataset=training_examples(),
         data_collator=ASEDataCollator(processor),
     )
     trainer.train()
@@ -412,16 +377,6 @@ def test_an_automatic_device_map_never_cuts_through_the_saliency_module(share, t
     whole = r"model\.iasm\.|model\.fusions\.\d+\.|.*\.layers\.\d+\."
     assert not [name for name in loaded.hf_device_map if re.match(whole, name)]
     assert torch.equal(logits(loaded), logits(model))
-
-
-def test_what_may_not_be_split_is_the_base_s_and_ours():
-    base = tiny_base()
-    own = base._no_split_modules
-    for model in (graft(base), graft(tiny_base()).model):
-        assert model._no_split_modules >= own | {"ImageAestheticSaliencyModule", "SaliencyCrossAttention"}
-        names = {type(module).__name__ for module in model.modules()}
-        assert {"ImageAestheticSaliencyModule", "SaliencyCrossAttention", "LlamaDecoderLayer"} <= names
-    assert "cache" in model._skip_keys_device_placement
 
 
 @pytest.mark.filterwarnings(SAVES_OFFLOADED)
@@ -529,7 +484,7 @@ def test_the_trainer_writes_a_card(tmp_path):
     trainer = Trainer(
         model=tiny_model(),
         args=TrainingArguments(str(tmp_path), **TRAINING),
-        train_dataset=rated_examples(),
+        train_dataset=training_examples(),
         processing_class=tiny_processor(),
     )
     trainer.create_model_card(model_name="critic", tasks="image-text-to-text")

@@ -161,10 +161,15 @@ def test_the_installed_package_is_served_without_trusting_code():
 # Pipelines ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch_size", [1, 2])
-def test_the_pipeline_of_the_installed_package(batch_size, critiques, monkeypatch, caplog):
+@pytest.mark.parametrize(("given", "batch_size"), [("folder", 1), ("objects", 2)])
+def test_the_pipeline_of_the_installed_package(given, batch_size, critiques, monkeypatch, caplog):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    critic = pipeline("image-text-to-text", model=str(ROOT / MODEL))
+    if given == "folder":
+        critic = pipeline("image-text-to-text", model=str(ROOT / MODEL))
+    else:
+        model, processor = (one.from_pretrained(ROOT / MODEL) for one in (ASEForConditionalGeneration, ASEProcessor))
+        critic = pipeline("image-text-to-text", model=model, processor=processor)
+    assert type(critic.model) is ASEForConditionalGeneration and type(critic.processor) is ASEProcessor
     answers = critic(text=[pipeline_chat(photo) for photo in PHOTOS], return_full_text=False, batch_size=batch_size)
     assert [answer["generated_text"] for (answer,) in answers] == critiques
     plain = critic(images=str(PHOTOS[0]), text=critic.processor.critique_prompt(), return_full_text=False)

@@ -1,4 +1,4 @@
-"""What others do with the model: the standard `Trainer`, PEFT, pipelines."""
+"""Training by the standard `Trainer` and by PEFT."""
 
 import copy
 import json
@@ -7,7 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import graft, is_added, make_inputs, open_gates, tiny_base, tiny_model, tiny_processor
+from conftest import (
+    LORA,
+    PEFT_ASKS,
+    TRAINING,
+    graft,
+    is_added,
+    losses,
+    make_inputs,
+    seeded_graft,
+    tiny_base,
+    tiny_model,
+    tiny_processor,
+    training_examples,
+)
 from datasets import Dataset, Features, Image, List, Value
 from families import FAMILIES
 from peft import (
@@ -18,70 +31,25 @@ from peft import (
     PromptTuningConfig,
     get_peft_model,
 )
-from PIL import Image as PILImage
-from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments, pipeline
+from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 
 from ase_mllm import ASEDataCollator, ASEForConditionalGeneration, ASEProcessor
-
-
-CAPTIONS = ["good , blurred .", "wrong", "underexposed", "what is good ?", "blurred", "this photograph is good ."]
-
-
-def photo(seed: int, size: tuple[int, int] = (40, 30)) -> PILImage.Image:
-    generator = np.random.default_rng(seed)
-    return PILImage.fromarray(generator.integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
-
-
-def examples(targets: bool = True) -> list[dict]:
-    generator = np.random.default_rng(0)
-    rows = [{"image": photo(i), "caption": caption} for i, caption in enumerate(CAPTIONS)]
-    if targets:
-        for row in rows:
-            row["score"] = generator.dirichlet(np.ones(10)).tolist()
-            row["saliency"] = generator.random((6, 8)).tolist()
-            row["aspect_labels"] = generator.integers(-1, 2, 3).astype(float).tolist()
-            row["caption_weight"] = float(generator.random())
-        rows[1] |= {"score": None, "saliency": None, "aspect_labels": None, "caption_weight": None}
-    return rows
 
 
 def trainer(model, folder: Path, **kwargs) -> Trainer:
     """Three optimizer steps over six examples, shuffled."""
     processor = tiny_processor()
-    rows = kwargs.pop("rows", None) or examples()
+    rows = kwargs.pop("rows", None) or training_examples()
     evaluation = {name: kwargs.pop(name) for name in ("compute_metrics",) if name in kwargs}
-    arguments = {
-        "per_device_train_batch_size": 2,
-        "max_steps": 3,
-        "learning_rate": 1e-2,
-        "weight_decay": 0.0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "remove_unused_columns": False,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "seed": 3,
-    }
     return Trainer(
         model=model,
-        args=TrainingArguments(str(folder), **{**arguments, **kwargs}),
+        args=TrainingArguments(str(folder), remove_unused_columns=False, **{**TRAINING, **kwargs}),
         train_dataset=rows,
         eval_dataset=rows,
         data_collator=ASEDataCollator(processor),
         processing_class=processor,
         **evaluation,
     )
-
-
-def losses(trained: Trainer) -> list[float]:
-    return [entry["loss"] for entry in trained.state.log_history if "loss" in entry]
-
-
-def seeded_model(gate: float = 0.0) -> ASEForConditionalGeneration:
-    base = tiny_base()
-    torch.manual_seed(7)
-    return open_gates(graft(base), gate)
 
 
 def freeze_base(model: torch.nn.Module) -> torch.nn.Module:
@@ -96,7 +64,7 @@ def freeze_base(model: torch.nn.Module) -> torch.nn.Module:
 @pytest.mark.parametrize("frozen", [False, True], ids=["all", "frozen_base"])
 def test_resuming_gives_the_loss_of_an_uninterrupted_run(frozen, tmp_path):
     prepare = freeze_base if frozen else lambda model: model
-    whole = trainer(prepare(seeded_model()), tmp_path / "whole", save_strategy="steps", save_steps=2)
+    whole = trainer(prepare(seeded_graft()), tmp_path / "whole", save_strategy="steps", save_steps=2)
     before = {name: tensor.clone() for name, tensor in whole.model.state_dict().items()}
     whole.train()
     assert len(losses(whole)) == 3 and len(set(losses(whole))) == 3
@@ -114,7 +82,7 @@ def test_resuming_gives_the_loss_of_an_uninterrupted_run(frozen, tmp_path):
 
 
 def test_a_checkpoint_is_a_whole_folder(tmp_path):
-    trained = trainer(seeded_model(), tmp_path, save_strategy="steps", save_steps=3)
+    trained = trainer(seeded_graft(), tmp_path, save_strategy="steps", save_steps=3)
     trained.train()
     folder = tmp_path / "checkpoint-3"
     loaded = AutoModelForImageTextToText.from_pretrained(folder)
@@ -127,14 +95,14 @@ def test_a_checkpoint_is_a_whole_folder(tmp_path):
 
 def test_gradient_accumulation_is_one_large_batch(tmp_path):
     """With captions of different length, and every term of the loss given for every sample."""
-    rows = [row for row in examples() if row["score"] is not None][:4]
+    rows = [row for row in training_examples() if row["score"] is not None][:4]
     for row in rows:
         row["aspect_labels"], row["caption"] = [1.0, 0.0, 1.0], "good , wrong ."
     results = []
     for batch_size in (4, 2):
         options = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": 4 // batch_size}
         accumulated = trainer(
-            seeded_model(1.0), tmp_path / str(batch_size), rows=rows, max_steps=1, max_grad_norm=0.0, **options,
+            seeded_graft(1.0), tmp_path / str(batch_size), rows=rows, max_steps=1, max_grad_norm=0.0, **options,
             optim="sgd",
         )  # fmt: skip
         accumulated.train()
@@ -145,7 +113,7 @@ def test_gradient_accumulation_is_one_large_batch(tmp_path):
 
 
 def test_captions_alone_are_enough(tmp_path):
-    trained = trainer(seeded_model(), tmp_path, rows=examples(targets=False))
+    trained = trainer(seeded_graft(), tmp_path, rows=training_examples(targets=False))
     trained.train()
     assert np.isfinite(losses(trained)).all()
 
@@ -157,13 +125,13 @@ def test_evaluation(tmp_path):
         seen["predictions"] = prediction.predictions
         return {"one": 1.0}
 
-    model = seeded_model(1.0)
+    model = seeded_graft(1.0)
     alone = trainer(model, tmp_path).evaluate()
     with_metrics = trainer(model, tmp_path, compute_metrics=compute_metrics).evaluate()
     assert with_metrics["eval_one"] == 1.0
     assert alone["eval_loss"] == with_metrics["eval_loss"]
     collator = ASEDataCollator(tiny_processor())
-    rows = examples()
+    rows = training_examples()
     with torch.no_grad():
         batches = [model(**collator(rows[i : i + 8])).loss.item() for i in range(0, len(rows), 8)]
     assert alone["eval_loss"] == pytest.approx(np.mean(batches), rel=1e-4)
@@ -174,7 +142,7 @@ def test_evaluation(tmp_path):
 
 
 def test_a_datasets_dataset_feeds_the_trainer(tmp_path):
-    rows = examples()
+    rows = training_examples()
     features = Features(
         {
             "image": Image(),
@@ -186,32 +154,13 @@ def test_a_datasets_dataset_feeds_the_trainer(tmp_path):
         }
     )
     dataset = Dataset.from_list(rows, features=features)
-    from_dataset, from_list = (trainer(seeded_model(), tmp_path, rows=source) for source in (dataset, rows))
+    from_dataset, from_list = (trainer(seeded_graft(), tmp_path, rows=source) for source in (dataset, rows))
     from_dataset.train()
     from_list.train()
     assert losses(from_dataset) == pytest.approx(losses(from_list), rel=1e-5)
 
 
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_checkpointing_by_the_trainer_gives_the_same_losses(use_reentrant, tmp_path):
-    plain = trainer(seeded_model(), tmp_path)
-    plain.train()
-    options = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
-    checkpointed = trainer(seeded_model(), tmp_path, **options)
-    checkpointed.train()
-    assert losses(checkpointed) == pytest.approx(losses(plain), rel=1e-5)
-
-
 # PEFT ---------------------------------------------------------------------------------------------------------------
-
-
-LORA = {
-    "r": 4,
-    "target_modules": r".*\.language_model\..*\.(q_proj|v_proj)",
-    "modules_to_save": ["iasm", "fusions"],
-}
-# PEFT 0.21 still reads the property by its old name
-PEFT_ASKS = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 
 
 def peft_logits(model, batch) -> torch.Tensor:
@@ -221,9 +170,9 @@ def peft_logits(model, batch) -> torch.Tensor:
 
 @pytest.mark.filterwarnings(PEFT_ASKS)
 def test_lora_on_the_language_model_and_the_added_modules_in_full(tmp_path):
-    batch = ASEDataCollator(tiny_processor())(examples()[:2])
+    batch = ASEDataCollator(tiny_processor())(training_examples()[:2])
     batch.pop("labels")
-    fresh = seeded_model()
+    fresh = seeded_graft()
     untrained = peft_logits(fresh, batch)
     model = get_peft_model(copy.deepcopy(fresh), LoraConfig(**LORA))
     assert torch.equal(peft_logits(model, batch), untrained)
@@ -256,8 +205,8 @@ def test_lora_on_the_language_model_and_the_added_modules_in_full(tmp_path):
 
 @pytest.mark.filterwarnings(PEFT_ASKS)
 def test_a_disabled_adapter_is_the_fresh_graft(tmp_path):
-    batch = ASEDataCollator(tiny_processor())(examples()[:2])
-    fresh = seeded_model()
+    batch = ASEDataCollator(tiny_processor())(training_examples()[:2])
+    fresh = seeded_graft()
     expected = peft_logits(fresh, batch)
     model = get_peft_model(copy.deepcopy(fresh), LoraConfig(**LORA))
     trainer(model, tmp_path).train()
@@ -274,7 +223,7 @@ PROMPTS = {"prompt": PromptTuningConfig, "prefix": PrefixTuningConfig, "p-tuning
 def test_learned_prompts_work_as_on_the_base(kind):
     """PEFT reads their sizes from the configuration and takes over the outer class's generation."""
     models = []
-    for model in (tiny_base(), seeded_model(0.0)):
+    for model in (tiny_base(), seeded_graft(0.0)):
         torch.manual_seed(1)
         models.append(get_peft_model(model, PROMPTS[kind](task_type="CAUSAL_LM", num_virtual_tokens=3)).eval())
         for parameter in models[-1].prompt_encoder.parameters():
@@ -284,7 +233,7 @@ def test_learned_prompts_work_as_on_the_base(kind):
     with torch.no_grad():
         base, ours = (model(**inputs) for model in models)
         assert torch.equal(ours.logits, base.logits)
-        assert not torch.allclose(ours.logits[:, -23:], seeded_model(0.0)(**inputs).logits, atol=1e-2)
+        assert not torch.allclose(ours.logits[:, -23:], seeded_graft(0.0)(**inputs).logits, atol=1e-2)
         written = models[1].generate(**inputs, **options)
         if kind != "prefix":
             assert torch.equal(written, models[0].generate(**inputs, **options))
@@ -319,34 +268,3 @@ def test_evaluation_gathers_batches_of_other_image_sizes(tmp_path):
     assert trainer.evaluate()["eval_loss"] > 0
     assert (5, 10) in [values.shape for values in gathered]  # the scores of all five
     assert not any(values.ndim == 3 and values.shape[-1] != 99 for values in gathered)  # no maps beside the logits
-
-
-# Pipelines ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(params=["objects", "folder"])
-def captioner(request, tmp_path):
-    model, processor = tiny_model(), tiny_processor()
-    if request.param == "objects":
-        return pipeline("image-text-to-text", model=model, processor=processor)
-    model.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    return pipeline("image-text-to-text", model=str(tmp_path))
-
-
-def test_pipelines_write_what_generate_writes(captioner):
-    processor, model = captioner.processor, captioner.model
-    assert type(model) is ASEForConditionalGeneration and type(processor) is ASEProcessor
-    image, prompt = photo(0), processor.critique_prompt()
-    inputs = processor(images=image, text=prompt, return_tensors="pt")
-    tokens = model.generate(**inputs, max_new_tokens=5, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-    expected = processor.batch_decode(tokens, skip_special_tokens=True)[0].strip()  # as pipelines do
-    options = {"max_new_tokens": 5, "do_sample": False}
-    plain = captioner(images=image, text=prompt, return_full_text=False, generate_kwargs=options)
-    assert plain[0]["generated_text"].strip() == expected
-    content = [{"type": "image", "image": image}, {"type": "text", "text": "Critique this photograph"}]
-    chat = [{"role": "user", "content": content}]
-    answer = captioner(text=chat, return_full_text=False, generate_kwargs=options)[0]["generated_text"]
-    inputs = processor(images=image, text=processor.critique_prompt("Critique this photograph"), return_tensors="pt")
-    tokens = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
-    assert answer.strip() == processor.batch_decode(tokens, skip_special_tokens=True)[0].strip()
