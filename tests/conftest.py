@@ -179,6 +179,15 @@ def edit_checkpoint(folder: Path, keep: Callable[[str], bool]) -> list[str]:
     return dropped
 
 
+def read_config(folder: Path) -> dict:
+    """The saved configuration without the dtypes, which loading writes into every part."""
+
+    def without_dtype(value: object) -> object:
+        return {k: without_dtype(v) for k, v in value.items() if k != "dtype"} if isinstance(value, dict) else value
+
+    return without_dtype(json.loads((folder / "config.json").read_text()))
+
+
 def tiny_processor() -> ASEProcessor:
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

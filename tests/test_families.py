@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import ASPECTS, graft, is_added, open_gates, with_noise
+from conftest import ASPECTS, graft, is_added, open_gates, read_config, with_noise
 from families import FAMILIES, Family, text_inputs
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
@@ -195,6 +195,7 @@ def test_saves_and_loads_itself(case, tmp_path):
     for state in states[1:]:
         assert state.keys() == states[0].keys()
         assert all(torch.equal(state[key], states[0][key]) for key in state)
+    assert read_config(tmp_path / "first") == read_config(tmp_path / "second")
     inputs = case.inputs()
     # not bit for bit: what a base without sdpa leaves at eager is loaded with sdpa
     torch.testing.assert_close(loaded(**inputs).logits, case.fused(**inputs).logits, atol=1e-5, rtol=1e-5)

@@ -25,7 +25,7 @@ def photo(colour: str = "orange", size: tuple[int, int] = (40, 30)) -> Image.Ima
 def with_bos(processor: ASEProcessor) -> ASEProcessor:
     """Begins every text with <s>, as Llama's tokenizer does."""
     template = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    processor.tokenizer._tokenizer.post_processor = template
+    processor.tokenizer.backend_tokenizer.post_processor = template
     return processor
 
 
@@ -333,10 +333,6 @@ def test_missing_targets_are_marked_as_such(processor):
     assert torch.equal(batch["saliency_targets"], torch.stack([torch.zeros(4, 4), torch.eye(4)]))
     assert batch["aspect_targets"].tolist() == [[-1.0] * 3, [1.0, 0.0, -1.0]]
     assert batch["caption_weights"].tolist() == [1.0, 0.25]
-    model = tiny_model()
-    outputs, alone = model(**batch), model(**ASEDataCollator(processor)([rated]))
-    for term in ("score_loss", "saliency_loss", "aspect_loss"):
-        torch.testing.assert_close(outputs[term], alone[term], rtol=1e-4, atol=1e-5)
 
 
 def test_targets_of_different_shape_are_refused(processor):
@@ -419,34 +415,22 @@ def outputs_of(**fields) -> ModelOutput:
     return ModelOutput(**fields)
 
 
-def photo_sources(folder) -> dict[str, object]:
-    """One photograph in every form in which chats bring it."""
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8))
-    image.save(folder / "photo.png")
-    encoded = base64.b64encode((folder / "photo.png").read_bytes()).decode()
-    return {
-        "pil": image,
-        "array": np.asarray(image).transpose(2, 0, 1),
-        "path": str(folder / "photo.png"),
-        "data_url": f"data:image/png;base64,{encoded}",
-    }
-
-
 def test_chats_take_photographs_in_every_form(processor, tmp_path):
-    expected = None
-    for source in photo_sources(tmp_path).values():
+    """Files and addresses: see `test_a_photograph_is_read_as_people_see_it`."""
+    image, batches = scene(), []
+    for source in (image, np.asarray(image).transpose(2, 0, 1)):
         content = [{"type": "image", "image": source}, {"type": "text", "text": "Critique this photograph"}]
-        batch = processor.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt"
+        batches.append(
+            processor.apply_chat_template(
+                [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt"
+            )
         )
-        expected = batch if expected is None else expected
-        assert torch.equal(batch["input_ids"], expected["input_ids"])
-        torch.testing.assert_close(batch["pixel_values"], expected["pixel_values"])
-    assert (expected["input_ids"] == 4).sum() == IMAGE_TOKENS
+    assert all(torch.equal(batches[0][name], batches[1][name]) for name in batches[0])
+    assert (batches[0]["input_ids"] == 4).sum() == IMAGE_TOKENS
 
 
-def test_chats_of_text_alone_and_of_several_photographs(processor, tmp_path):
-    image = photo_sources(tmp_path)["pil"]
+def test_chats_of_text_alone_and_of_several_photographs(processor):
+    image = photo()
     chats = [
         [{"role": "user", "content": [{"type": "image", "image": image}] * count + [{"type": "text", "text": "good"}]}]
         for count in (0, 1, 2)
@@ -459,13 +443,13 @@ def test_chats_of_text_alone_and_of_several_photographs(processor, tmp_path):
     assert batch["attention_mask"][0, 0] == 0 and batch["attention_mask"][:, -1].all()  # padded on the left
 
 
-def test_assistant_masks_mark_the_answers(processor, tmp_path):
+def test_assistant_masks_mark_the_answers(processor):
     template = (
         "{% for message in messages %}{% if message['role'] == 'assistant' %}{% generation %}"
         " {{ message['content'][0]['text'] }}{% endgeneration %}{% else %}<image> what{% endif %}{% endfor %}"
     )
     chat = [
-        {"role": "user", "content": [{"type": "image", "image": photo_sources(tmp_path)["pil"]}]},
+        {"role": "user", "content": [{"type": "image", "image": photo()}]},
         {"role": "assistant", "content": [{"type": "text", "text": "good . wrong ."}]},
     ]
     batch = processor.apply_chat_template(
@@ -475,18 +459,14 @@ def test_assistant_masks_mark_the_answers(processor, tmp_path):
     assert processor.decode(marked) == "good . wrong ."
 
 
-def test_images_may_be_nested_flat_or_alone(processor, tmp_path):
-    image = photo_sources(tmp_path)["pil"]
+def test_images_may_be_nested_flat_or_alone(processor):
+    image = photo()
     prompt = processor.critique_prompt()
     alone = processor(images=image, text=prompt, return_tensors="pt")
     for images in ([image, image], [[image], [image]]):
         batch = processor(images=images, text=[prompt, prompt], return_tensors="pt")
         assert torch.equal(batch["pixel_values"], alone["pixel_values"].expand(2, -1, -1, -1))
         assert torch.equal(batch["input_ids"], alone["input_ids"].expand(2, -1))
-
-
-def test_tokens_of_images_can_be_counted_before_they_are_loaded(processor):
-    assert processor._get_num_multimodal_tokens(image_sizes=[(32, 32), (64, 48)])["num_image_tokens"] == [16, 16]
 
 
 def test_what_is_set_on_the_processor_is_set_on_the_base(processor):

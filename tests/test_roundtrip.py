@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import graft, is_added, make_inputs, tiny_base, tiny_model, tiny_processor
+from conftest import graft, is_added, make_inputs, read_config, tiny_base, tiny_model, tiny_processor
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -38,35 +38,6 @@ AUTO_MAP = {
 def same_tensors(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
     assert sorted(first) == sorted(second)
     return all(first[key].dtype == second[key].dtype and torch.equal(first[key], second[key]) for key in first)
-
-
-def read_config(folder: Path) -> dict:
-    """The saved configuration without the dtypes, which loading writes into every part."""
-
-    def without_dtype(value: object) -> object:
-        return {k: without_dtype(v) for k, v in value.items() if k != "dtype"} if isinstance(value, dict) else value
-
-    return without_dtype(json.loads((folder / "config.json").read_text()))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("encoder", ["clip", "siglip"])
-def test_save_load_save_gives_the_same_keys_and_tensors(encoder, dtype, tmp_path):
-    model = tiny_model(encoder).to(dtype)
-    model.save_pretrained(tmp_path / "first")
-    loaded = ASEForConditionalGeneration.from_pretrained(tmp_path / "first")
-    assert same_tensors(model.state_dict(), loaded.state_dict())
-    loaded.save_pretrained(tmp_path / "second")
-    files = [load_file(tmp_path / name / "model.safetensors") for name in ("first", "second")]
-    assert same_tensors(*files)
-    configs = [read_config(tmp_path / name) for name in ("first", "second")]
-    assert configs[0] == configs[1]
-    assert loaded.dtype == dtype
-    inputs = make_inputs()
-    again = ASEForConditionalGeneration.from_pretrained(tmp_path / "second")
-    assert torch.equal(again(**inputs).logits, loaded(**inputs).logits)
-    if dtype == torch.float32:  # `.to(torch.bfloat16)` also rounds the base's rotary frequencies, loading does not
-        assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
 
 
 @pytest.mark.parametrize("encoder", ["clip", "siglip"])
