@@ -17,8 +17,8 @@ Sources, told apart by their names and contents (`readers` has a file a form):
     a Hub id, or a folder of Parquet files         with an image column
 
 The rows' columns are FEATURES. In your own data: `image` or `file_name`; `captions` (a list) or `caption`; and as you
-like `rating`, `score` or `gt_score` (one number, or ten counts or shares of the scores 1 to 10), `aspect` (what the
-captions are about), `caption_weight` (aesthetic relevance, one number or one a caption), `aspect_labels`, `saliency`,
+like `score`, `rating` or `gt_score` (one number, or ten counts or shares of the scores 1 to 10), `aspect` (the topic of
+the captions), `caption_weight` (aesthetic relevance, one number or one a caption), `aspect_labels`, `saliency`,
 `image_id`, `split`. A split is otherwise named by the file or a folder (train, validation or val, test).
 
 Pictures are yours to bring. What is left out and what is odd is counted, with examples; nothing of it is an error,
@@ -44,6 +44,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+from common import words
 from PIL import Image
 from readers import find_files, read_rows
 
@@ -57,8 +58,8 @@ FEATURES = datasets.Features(
         "image_id": datasets.Value("string"),  # the picture's file name without its suffix, or the source's own
         "captions": datasets.List(datasets.Value("string")),
         "caption_weights": datasets.List(datasets.Value("float64")),  # one a caption, or null
-        "aspect": datasets.Value("string"),  # what the captions are about; null: everything
-        "aspect_score": datasets.Value("float64"),  # of this aspect alone
+        "topic": datasets.Value("string"),  # what the captions are about; null: everything
+        "topic_score": datasets.Value("float64"),  # of this topic alone
         "score": datasets.List(datasets.Value("float64")),  # ten shares of the scores 1 to 10, where they are known
         "score_mean": datasets.Value("float64"),  # of the photograph, on the scale 1 to 10
         "aspect_labels": datasets.List(datasets.Value("float64")),
@@ -77,7 +78,7 @@ SPLITS = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif")
-PROMPTS = {  # for aspects that do not fit "Critique the ... of this photograph."
+PROMPTS = {  # for topics that do not fit "Critique the ... of this photograph."
     **AESTHETIC_PROMPTS,
     "general_impression": "Give your general impression of this photograph.",
     "impression_and_subject": "Give your impression of this photograph and of its subject.",
@@ -96,7 +97,7 @@ PROBLEMS = {  # what is done about them
     "unreadable text": "value left out",
     "unparsable score": "value left out",
     "score out of range": "value left out",
-    "unparsable aspect score": "value left out",
+    "unparsable topic score": "value left out",
     "unreadable caption_weight": "value left out",
     "unreadable aspect_labels": "value left out",
     "unreadable saliency": "value left out",
@@ -123,14 +124,14 @@ class Options:
 
 @dataclass
 class SplitReport:
-    """Counts of one split. Texts, aspects and scores are those of the rows that are kept."""
+    """Counts of one split. Texts, topics and scores are those of the rows that are kept."""
 
     rows: int = 0
     left_out: int = 0
     words: list[int] = field(default_factory=list, repr=False)  # of each caption
     scores: list[float] = field(default_factory=list, repr=False)  # of each photograph that has one
     with_distribution: int = 0
-    aspects: Counter = field(default_factory=Counter)
+    topics: Counter = field(default_factory=Counter)
     problems: Counter = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     image_ids: set[str] = field(default_factory=set, repr=False)
@@ -139,20 +140,20 @@ class SplitReport:
     def add(self, row: dict[str, Any]):
         """Counts a row of `RAW_FEATURES`; its image is not looked at."""
         self.rows += 1
-        image_id, aspect = row["image_id"], row["aspect"]
+        image_id, topic = row["image_id"], row["topic"]
         for problem in row["problems"]:
             if problem not in OF_PHOTOGRAPHS or self._is_new(problem, image_id):
                 self._note(problem, image_id)
         if not is_kept(row["problems"]):
             self.left_out += 1
             return
-        if not self._is_new("row", image_id, aspect):
+        if not self._is_new("row", image_id, topic):
             self._note("repeated row", image_id)
         for text in row["captions"]:
-            if not self._is_new("text", image_id, aspect, text):
+            if not self._is_new("text", image_id, topic, text):
                 self._note("repeated text", image_id)
-            self.words.append(len(text.split()))
-        self.aspects[aspect or "(everything)"] += 1
+            self.words.append(len(words(text)))
+        self.topics[topic or "(everything)"] += 1
         if image_id not in self.image_ids and row["score_mean"] is not None:
             self.scores.append(row["score_mean"])
             self.with_distribution += row["score"] is not None
@@ -198,9 +199,9 @@ class Report:
         lines = [("", *self.splits)]
         for name in dict.fromkeys(itertools.chain(*columns)):
             lines.append((name, *(column.get(name, "") for column in columns)))
-        aspects = dict.fromkeys(itertools.chain(*(part.aspects for part in parts)))
-        if set(aspects) != {"(everything)"}:
-            lines += [(f"rows about {name}", *(part.aspects[name] for part in parts)) for name in aspects]
+        topics = dict.fromkeys(itertools.chain(*(part.topics for part in parts)))
+        if set(topics) != {"(everything)"}:
+            lines += [(f"rows about {name}", *(part.topics[name] for part in parts)) for name in topics]
         examples = []
         for problem, consequence in PROBLEMS.items():
             if any(part.problems[problem] for part in parts):
@@ -241,14 +242,14 @@ def to_schema(
     problems: list[str] = []
     captions, weights = read_texts(row, options.max_words, problems)
     shares, mean = read_score(row, options.score_range, problems)
-    aspect = str(row.get("aspect") or "").strip() or None
-    aspect_score = on_scale(row.get("aspect_score"), None, problems, "unparsable aspect score")
+    topic = str(row.get("topic") or row.get("aspect") or "").strip() or None
+    topic_score = on_scale(row.get("topic_score"), None, problems, "unparsable topic score")
     if image is None:
         problems.append("missing image")
     elif is_damaged(image, options.decode_images):
         problems.append("damaged image")
     labels, saliency = read_numbers(row, "aspect_labels", 1, problems), read_numbers(row, "saliency", 2, problems)
-    told = mean if aspect is None else None  # the score of an aspect's row is told by the photograph's others
+    told = mean if topic is None else None  # the score of a topic's row is told by the photograph's others
     if not captions and told is None and labels is None and saliency is None:
         problems.append("nothing to learn from")
     split = str(row.get("split") or split)
@@ -257,8 +258,8 @@ def to_schema(
         "image_id": image_id,
         "captions": captions,
         "caption_weights": weights,
-        "aspect": aspect,
-        "aspect_score": aspect_score,
+        "topic": topic,
+        "topic_score": topic_score,
         "score": shares,
         "score_mean": mean,
         "aspect_labels": labels,
@@ -287,7 +288,7 @@ def read_texts(row: dict[str, Any], max_words: int, problems: list[str]) -> tupl
             problems.append("unreadable text")
         else:
             kept.append(position)
-            problems += ["overlong text"] * (len(text.split()) > max_words)
+            problems += ["overlong text"] * (len(words(text)) > max_words)
             problems += ["broken characters"] * ("\ufffd" in text)
     captions = [texts[position].strip() for position in kept]
     return captions, None if weights is None else [weights[position] for position in kept]
@@ -586,14 +587,14 @@ def training_rows(
 
     def split_up(batch: dict[str, list]) -> dict[str, list]:
         result = {name: [] for name in features}
-        prompts = {aspect: aspect_prompt(processor, aspect) for aspect in set(batch["aspect"])}
+        prompts = {topic: topic_prompt(processor, topic) for topic in set(batch["topic"])}
         for i, captions in enumerate(batch["captions"]):
             weights = batch["caption_weights"][i] or [1.0] * len(captions)
             for caption, weight in zip(captions or [""], weights or [0.0], strict=True):
                 for name in names:
                     result[name].append(batch[name][i])
                 result["score"][-1] = batch["score"][i] or score_of_mean(batch["score_mean"][i])
-                result["prompt"].append(prompts[batch["aspect"][i]])
+                result["prompt"].append(prompts[batch["topic"][i]])
                 result["caption"].append(caption)
                 result["caption_weight"].append(weight)
                 result["length"].append(len(processor.tokenizer(caption)["input_ids"]))
@@ -616,11 +617,13 @@ def score_of_mean(mean: float | None) -> list[float] | None:
     return np.clip(1 - np.abs(np.arange(1, 11) - mean), 0, 1).tolist()
 
 
-def aspect_prompt(processor: ASEProcessor, aspect: str | None) -> str:
-    aspect = aspect or "critique"
-    return processor.critique_prompt(
-        PROMPTS.get(aspect, f"Critique the {aspect.replace('_', ' ')} of this photograph.")
-    )
+def topic_question(topic: str | None) -> str:
+    topic = topic or "critique"
+    return PROMPTS.get(topic, f"Critique the {topic.replace('_', ' ')} of this photograph.")
+
+
+def topic_prompt(processor: ASEProcessor, topic: str | None) -> str:
+    return processor.critique_prompt(topic_question(topic))
 
 
 # Run -----------------------------------------------------------------------------------------------------------------

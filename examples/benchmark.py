@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from common import write_between
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
@@ -102,11 +103,10 @@ PUBLISHED = {
     ),
 }
 PROMPT_TOKENS = 64
+MARKS = "<!-- benchmark: written by examples/benchmark.py -->", "<!-- end of benchmark -->"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Counting on published shapes
-# ---------------------------------------------------------------------------------------------------------------------
+# Counting on published shapes ----------------------------------------------------------------------------------------
 
 
 def count(module: torch.nn.Module, *args, **kwargs) -> int:
@@ -155,9 +155,7 @@ def patch_side(config: PreTrainedConfig) -> int:
     return config.patch_size if isinstance(config.patch_size, int) else config.patch_size[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Timing
-# ---------------------------------------------------------------------------------------------------------------------
+# Timing --------------------------------------------------------------------------------------------------------------
 
 
 def real_encoder_config() -> PreTrainedConfig:
@@ -311,9 +309,7 @@ def measure(name: str, dtype: torch.dtype, repeats: int) -> dict[str, dict[str, 
     return results
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Report
-# ---------------------------------------------------------------------------------------------------------------------
+# Report --------------------------------------------------------------------------------------------------------------
 
 
 def render(timed: dict[str, dict], published: dict[str, dict], about: str) -> str:
@@ -338,16 +334,6 @@ def render(timed: dict[str, dict], published: dict[str, dict], about: str) -> st
             )
         lines.append("")
     return "\n".join(lines)
-
-
-def write_into(card: Path, text: str):
-    """Replaces what stands between the benchmark marks of a Markdown file."""
-    begin, end = "<!-- benchmark: written by examples/benchmark.py -->", "<!-- end of benchmark -->"
-    old = card.read_text(encoding="utf-8")
-    new, found = re.subn(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: f"{begin}\n{text}{end}", old, flags=re.S)
-    if not found:
-        raise ValueError(f"{card} has no lines {begin!r} and {end!r} to write between.")
-    card.write_text(new, encoding="utf-8")
 
 
 def main(argv: list[str] | None = None):
@@ -381,7 +367,7 @@ def main(argv: list[str] | None = None):
     results = {"about": about, "timed": timed, "published": published}
     (args.out / "benchmark.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     if args.card:
-        write_into(args.card, text)
+        write_between(args.card, *MARKS, text)
     print(text)
 
 

@@ -33,6 +33,7 @@ from typing import Any
 
 import jinja2
 import torch
+from common import write_captions
 from PIL import ExifTags, Image, UnidentifiedImageError
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
@@ -171,12 +172,10 @@ def critique(model: Any, processor: Any, images: list[Image.Image], max_new_toke
     prompts = [processor.critique_prompt()] * len(images)
     inputs = processor(images=images, text=prompts, padding=True, return_tensors="pt")
     inputs = inputs.to(model.device, dtype=model.dtype)
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True)
-    answers = output.sequences[:, inputs["input_ids"].shape[1] :]
-    captions = processor.batch_decode(answers, skip_special_tokens=True)
+    captions, output = write_captions(model, processor, inputs, max_new_tokens=max_new_tokens)
     sizes = [reduced(image, OVERLAY_SIDE).size[::-1] for image in images]
     columns = {
-        "caption": [" ".join(caption.split()) for caption in captions],
+        "caption": captions,
         "score": processor.post_process_scores(output),
         "aspects": processor.post_process_aspects(output) or [{} for _ in images],
         "heat": processor.post_process_saliency(output, target_sizes=sizes),

@@ -23,7 +23,6 @@ and heat maps at each evaluation) and TensorBoard curves of every loss term. Nee
 """
 
 import json
-import re
 import shlex
 import sys
 import textwrap
@@ -39,12 +38,12 @@ import peft
 import torch
 import transformers
 from accelerate.utils import gather_object
-from aic_data import Report, aspect_prompt, load, parse_columns, split_off_validation, training_rows
+from aic_data import Report, load, parse_columns, split_off_validation, topic_prompt, training_rows
+from common import set_gate_rate, words, write_captions
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from metrics import caption_scores, topic_coverage
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image, ImageDraw, ImageFont
-from pycocoevalcap.bleu.bleu import Bleu
-from pycocoevalcap.cider.cider import Cider
 from transformers import AutoConfig, EarlyStoppingCallback, HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
@@ -53,17 +52,10 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from ase_mllm import ASEDataCollator, ASEForConditionalGeneration, ASEProcessor, read_photograph
 
 
-# Stems that tell which aspect a text speaks of
-ASPECT_STEMS = {
-    "light": r"light|lit\b|expos|overexpos|underexpos|shadow|bright|dark|contrast|vignett",
-    "colour": r"colou?r|saturat|white balance|tones?\b|hue|tint|vivid",
-    "composition": r"compos|fram|crop|horizon|tilt|level|cent(re|er)|thirds|plac|corner|edge|(fore|back)ground",
-    "focus": r"focus|sharp|blur|depth of field|bokeh",
-}
 METRICS = {  # name and protocol
     "cider": ("CIDEr", "all references; lower-case words, no punctuation; pycocoevalcap"),
     "bleu4": ("BLEU-4", "all references; lower-case words, no punctuation; pycocoevalcap"),
-    "aspect_coverage": ("aspect coverage", "share of the aspects in the references that the critique speaks of too"),
+    "topic_coverage": ("topic coverage", "share of the topics in the references that the critique speaks of too"),
     "caption_words": ("words a critique", "mean"),
     "loss": ("loss", "all terms, weighted"),
 }
@@ -186,17 +178,11 @@ class CritiqueTrainer(Trainer):
         self._terms = {}  # sum and count of each loss term since the last log
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        if self.optimizer is not None:
-            return self.optimizer
-        optimizer = super().create_optimizer(model)
-        named = (self.model if model is None else model).named_parameters()
-        gates = [gate for name, gate in named if re.search(r"\.fusions\..*\.gate$", name) and gate.requires_grad]
-        ids = set(map(id, gates))
-        for group in optimizer.param_groups:
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ids]
-        rate = self.script_args.gate_lr_ratio * self.args.learning_rate
-        optimizer.add_param_group({"params": gates, "lr": rate, "weight_decay": 0.0})
-        return optimizer
+        if self.optimizer is None:
+            optimizer = super().create_optimizer(model)
+            rate = self.script_args.gate_lr_ratio * self.args.learning_rate
+            set_gate_rate(optimizer, self.model if model is None else model, rate)
+        return self.optimizer
 
     def _get_train_sampler(self, *args) -> torch.utils.data.Sampler | None:
         if self.args.train_sampling_strategy != "group_by_length":
@@ -259,17 +245,14 @@ class CritiqueTrainer(Trainer):
         for indices in (mine[start : start + step] for start in range(0, len(mine), step)):
             rows = [self.photographs[i] for i in indices]
             images = [read_photograph(row["image"]) for row in rows]
-            prompts = [aspect_prompt(processor, row["aspect"]) for row in rows]
+            prompts = [topic_prompt(processor, row["topic"]) for row in rows]
             inputs = self._prepare_inputs(processor(images=images, text=prompts, padding=True, return_tensors="pt"))
             with self.compute_loss_context_manager():
-                tokens = self.model.generate(**inputs, do_sample=False, max_new_tokens=self.script_args.max_new_tokens)
-            texts = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            texts = [text.strip() for text in texts]
+                texts, outputs = write_captions(
+                    self.model, processor, inputs, max_new_tokens=self.script_args.max_new_tokens
+                )
             critiques |= dict(zip(indices, texts))
             if len(pictures) * processes < self.script_args.num_samples:
-                # a forward, not `get_image_features`: sharded weights are gathered for forwards only
-                with self.compute_loss_context_manager():
-                    outputs = self.model(**inputs)
                 pictures |= dict(zip(indices, draw_samples(processor, outputs, images, texts)))
         critiques, pictures = (dict(gather_object(list(part.items()))) for part in (critiques, pictures))
         first = sorted(pictures)[: self.script_args.num_samples]
@@ -278,7 +261,7 @@ class CritiqueTrainer(Trainer):
     def write_samples(self, pictures: dict[int, Image.Image], critiques: list[str]):
         folder = Path(self.args.output_dir, "samples", f"step-{self.state.global_step:06d}")
         folder.mkdir(parents=True, exist_ok=True)
-        rows = self.photographs.select_columns(["image_id", "aspect"])
+        rows = self.photographs.select_columns(["image_id", "topic"]).rename_column("topic", "aspect")
         lines = [json.dumps({**row, "caption": text}) + "\n" for row, text in zip(rows, critiques)]
         (folder / "captions.jsonl").write_text("".join(lines), encoding="utf-8")  # evaluate_captions.py reads it
         for i, picture in pictures.items():
@@ -310,25 +293,15 @@ def draw_samples(
 
 
 def caption_metrics(critiques: list[str], references: list[list[str]]) -> dict[str, float]:
-    """CIDEr, BLEU-4 and aspect coverage as `METRICS` says, and the mean length in words."""
-    written = {i: [_words(text)] for i, text in enumerate(critiques)}
-    given = {i: [_words(text) for text in texts] for i, texts in enumerate(references)}
+    """What `METRICS` says of captions."""
+    scores = caption_scores(critiques, references)
     metrics = {
-        "cider": float(Cider().compute_score(given, written)[0]),
-        "bleu4": float(Bleu(4).compute_score(given, written, verbose=0)[0][3]),
-        "caption_words": float(np.mean([len(text.split()) for (text,) in written.values()])),
+        "cider": scores["CIDEr"],
+        "bleu4": scores["BLEU-4"],
+        "caption_words": float(np.mean([len(words(text)) for text in critiques])),
     }
-    pairs = [(aspects_of(text), aspects_of(" ".join(texts))) for text, texts in zip(critiques, references)]
-    shares = [len(ours & theirs) / len(theirs) for ours, theirs in pairs if theirs]
-    return metrics | ({"aspect_coverage": float(np.mean(shares))} if shares else {})
-
-
-def aspects_of(text: str) -> set[str]:
-    return {aspect for aspect, stems in ASPECT_STEMS.items() if re.search(rf"\b({stems})", text.lower())}
-
-
-def _words(text: str) -> str:
-    return " ".join(re.findall(r"[\w'-]+", text.lower()))
+    covered, known = topic_coverage(critiques, references).sum(axis=0)
+    return metrics | ({"topic_coverage": float(covered / known)} if known else {})
 
 
 # Result --------------------------------------------------------------------------------------------------------------

@@ -82,15 +82,15 @@ def test_pccd(tmp_path):
     _write(tmp_path / "guru_test.json", [{**PCCD, "title": "5_not-here"}])
     rows, report = _load(tmp_path, tmp_path / "images" / "full")
     assert list(rows) == ["train", "validation", "test"]
-    assert [row["aspect"] for row in rows["train"][:6]] == [name for name in pccd.ASPECTS if PCCD[name]]
-    assert [row["aspect_score"] for row in rows["train"][:6]] == [7, 8, 6, 7, 7, 7]
+    assert [row["topic"] for row in rows["train"][:6]] == [name for name in pccd.TOPICS if PCCD[name]]
+    assert [row["topic_score"] for row in rows["train"][:6]] == [7, 8, 6, 7, 7, 7]
     assert rows["train"][2]["captions"] == ["The straw is distracting."]
     scores = {row["image_id"]: row["score_mean"] for row in rows["train"]}
     assert scores == {"12_cutters-point": 7, "3_mr.smith": pytest.approx(8.6)}
     assert all(row["score"] is None for row in rows["train"])
     assert {row["score_mean"] for row in rows["validation"]} == {None} and rows["test"] == []
     train, validation, test = report.splits.values()
-    assert train.problems == {"unparsable aspect score": 2, "empty text": 2, "nothing to learn from": 2}
+    assert train.problems == {"unparsable topic score": 2, "empty text": 2, "nothing to learn from": 2}
     assert (train.rows, train.left_out, len(train.words), train.scores) == (14, 2, 12, [7, pytest.approx(8.6)])
     assert validation.problems["unparsable score"] == 1 and test.problems["missing image"] == 1
     assert test.examples["missing image"] == ["5_not-here"]
@@ -130,7 +130,7 @@ def test_dpc_captions(tmp_path):
     _write(tmp_path / "dpc" / "use_of_camera.json", {"11170.jpg": ["Good shutter speed."]})
     _write(tmp_path / "dpc" / "readme.json", {"not": ["data"]})
     rows, report = _load(tmp_path / "dpc", tmp_path / "ava")
-    assert [(row["image_id"], row["aspect"], row["captions"]) for row in rows["train"]] == [
+    assert [(row["image_id"], row["topic"], row["captions"]) for row in rows["train"]] == [
         ("11170", "composition", ["Nice crop.", "Tilted."]),
         ("11171", "composition", ["Good."]),
         ("11170", "use_of_camera", ["Good shutter speed."]),
@@ -217,7 +217,7 @@ def test_a_folder_with_everything_that_can_be_wrong(tmp_path):
     (tmp_path / "test" / "metadata.jsonl").write_bytes('{"file_name": "z.jpg", "caption": "Café"}'.encode("latin-1"))
     rows, report = _load(tmp_path, max_words=10, decode_images=True)
     one, two, three, four = rows["train"]
-    assert (one["image_id"], one["captions"], one["aspect"]) == ("a", ["Nice light."], "light")
+    assert (one["image_id"], one["captions"], one["topic"]) == ("a", ["Nice light."], "light")
     assert (one["score_mean"], one["score"]) == (6.5, None)
     assert (two["image_id"], two["captions"], two["caption_weights"]) == ("more/b", ["One.", "One."], [1, 0.5])
     assert (two["score_mean"], two["aspect_labels"], two["saliency"]) == (None, None, [[0, 1], [1, 0]])
@@ -402,7 +402,7 @@ def test_training_rows_train(tmp_path, streaming):
     assert examples[0]["prompt"] == processor.critique_prompt()
     assert examples[2]["prompt"] == processor.critique_prompt(aic_data.PROMPTS["use_of_camera"])
     assert examples[0]["score"][5:7] == [0.5, 0.5] and examples[2]["score"] is None
-    assert aic_data.aspect_prompt(processor, "fine_detail").count("Critique the fine detail of this photograph.") == 1
+    assert aic_data.topic_prompt(processor, "fine_detail").count("Critique the fine detail of this photograph.") == 1
     if streaming:
         batches = list(DataLoader(rows, batch_size=4, collate_fn=ASEDataCollator(processor)))
     else:

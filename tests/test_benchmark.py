@@ -3,6 +3,7 @@
 import benchmark
 import pytest
 import torch
+from common import write_between
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +57,11 @@ def test_tables_are_written_between_the_marks(tmp_path):
     text = benchmark.render(timed, {}, "measured")
     assert "| prefill | 1 s | 1.25 s | 1.250 |" in text
     card = tmp_path / "card.md"
-    marks = "<!-- benchmark: written by examples/benchmark.py -->", "<!-- end of benchmark -->"
-    card.write_text(f"before\n{marks[0]}\nold\n{marks[1]}\nafter\n")
-    benchmark.write_into(card, text)
+    card.write_text("before\n{}\nold\n{}\nafter\n".format(*benchmark.MARKS))
+    write_between(card, *benchmark.MARKS, text)
     written = card.read_text()
     assert text in written and "old" not in written
     assert written.startswith("before\n") and written.endswith("after\n")
     card.write_text("nothing")
     with pytest.raises(ValueError, match="has no lines"):
-        benchmark.write_into(card, text)
+        write_between(card, *benchmark.MARKS, text)

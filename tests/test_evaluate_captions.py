@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import evaluate_captions
+import metrics
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_base, tiny_processor
-from evaluate_captions import Measure, Report
+from evaluate_captions import Report
+from metrics import Measure
 from PIL import Image
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.bleu.bleu_scorer import BleuScorer
@@ -41,7 +43,7 @@ needs_spice = pytest.mark.skipif("SPICE" in evaluate_captions.java_missing(), re
 
 
 def measured(protocol: str, missing: dict[str, str] = NO_JAVA) -> dict[str, float]:
-    measures = evaluate_captions.text_measures(CAPTIONS, REFERENCES, np.arange(4), protocol, missing)
+    measures = metrics.text_measures(CAPTIONS, REFERENCES, np.arange(4), protocol, missing)
     return {name: float(measure.value(measure.by_photo().rows)) for (name, _), measure in measures.items()}
 
 
@@ -62,19 +64,19 @@ def test_all_references_are_the_librarys_figures():
 
 
 def test_bleu_by_hand():
-    rows = evaluate_captions.bleu_rows(["the light is soft"], [["the light is very soft"]])
+    rows = metrics.bleu_rows(["the light is soft"], [["the light is very soft"]])
     assert rows.tolist() == [[4, 2, 1, 0, 4, 3, 2, 1, 4, 5]]
     brevity = np.exp(1 - 5 / 4)
-    assert evaluate_captions.bleu(rows, 1) == pytest.approx(brevity)
-    assert evaluate_captions.bleu(rows, 2) == pytest.approx(brevity * (2 / 3) ** (1 / 2))
-    assert evaluate_captions.bleu(rows, 3) == pytest.approx(brevity * (2 / 3 * 1 / 2) ** (1 / 3))
-    assert evaluate_captions.bleu(rows, 4) < 1e-3
+    assert metrics.bleu(rows, 1) == pytest.approx(brevity)
+    assert metrics.bleu(rows, 2) == pytest.approx(brevity * (2 / 3) ** (1 / 2))
+    assert metrics.bleu(rows, 3) == pytest.approx(brevity * (2 / 3 * 1 / 2) ** (1 / 3))
+    assert metrics.bleu(rows, 4) < 1e-3
 
 
 def test_bleu_of_the_closest_reference_length():
-    scores = evaluate_captions.bleu_rows(["a b c d"], [["a b c d e f", "a b", "a b c"]])
+    scores = metrics.bleu_rows(["a b c d"], [["a b c d e f", "a b", "a b c"]])
     assert scores[0, 8:].tolist() == [4, 3]
-    assert evaluate_captions.bleu_rows(["a b c d"], [["a b c d e", "a b c"]])[0, 9] == 3  # the shorter of two
+    assert metrics.bleu_rows(["a b c d"], [["a b c d e", "a b c"]])[0, 9] == 3  # the shorter of two
 
 
 def test_rotating_takes_one_reference_a_caption():
@@ -110,11 +112,11 @@ def test_meteor_is_the_librarys_and_survives_odd_captions():
     missing = {"SPICE": "not asked for"}
     found = measured("all", missing)
     assert missing == {"SPICE": "not asked for"}
-    assert found["METEOR"] == pytest.approx(by_library(evaluate_captions.meteor_program(), CAPTIONS, REFERENCES)[0])
-    rows = evaluate_captions.meteor_rows(CAPTIONS, REFERENCES)
-    assert evaluate_captions.meteor(np.stack([rows, rows[::-1]])) == pytest.approx([found["METEOR"]] * 2)
-    odd = evaluate_captions.meteor_rows(["", "a ||| b", "the light is soft"], [["soft"], ["|||"], ["", "the light"]])
-    values = evaluate_captions.meteor(odd[:, None])
+    assert found["METEOR"] == pytest.approx(by_library(metrics.meteor_program(), CAPTIONS, REFERENCES)[0])
+    rows = metrics.meteor_rows(CAPTIONS, REFERENCES)
+    assert metrics.meteor(np.stack([rows, rows[::-1]])) == pytest.approx([found["METEOR"]] * 2)
+    odd = metrics.meteor_rows(["", "a ||| b", "the light is soft"], [["soft"], ["|||"], ["", "the light"]])
+    values = metrics.meteor(odd[:, None])
     assert values[:2].tolist() == [0, 0] and values[2] > 0.3
 
 
@@ -131,7 +133,7 @@ def test_what_java_cannot_do_is_said(monkeypatch):
     def stopped(*arguments):
         raise subprocess.CalledProcessError(1, "java")
 
-    monkeypatch.setattr(evaluate_captions, "meteor_rows", no_answer)
+    monkeypatch.setattr(metrics, "meteor_rows", no_answer)
     monkeypatch.setattr(Spice, "compute_score", stopped)
     missing = {}
     assert not {"METEOR", "SPICE"} & measured("all", missing).keys()
@@ -142,25 +144,25 @@ def test_what_java_cannot_do_is_said(monkeypatch):
 
 
 def test_tokenizers():
-    texts = ['The light, the LIGHT: isn\'t it "soft"?', "", "two\nlines"]
-    assert evaluate_captions.tokenize(texts, "words") == ["the light the light isn't it soft", "", "two lines"]
+    texts = ['The light, the LIGHT: isn\'t it "soft"?', "", "two\nlines", "Café, cafe\u0301!"]
+    assert metrics.tokenize(texts) == ["the light the light isn't it soft", "", "two lines", "café café"]
 
 
 @needs_java
 def test_ptb_tokenizer():
     texts = ['The light, the LIGHT: isn\'t it "soft"?', "", "two\nlines", ""]
-    assert evaluate_captions.tokenize(texts, "ptb") == ["the light the light is n't it soft", "", "two lines", ""]
+    assert metrics.tokenize(texts, "ptb") == ["the light the light is n't it soft", "", "two lines", ""]
 
 
 def test_length_and_aspects():
     captions = ["the light is soft and the colours are warm", "a sharp subject"]
     references = [["soft light", "the horizon tilts a lot today"], ["nice"]]
-    measures = evaluate_captions.word_measures(captions, references, np.arange(2))
+    measures = metrics.word_measures(captions, references, np.arange(2))
     found = {name: float(measure.value(measure.rows)) for (name, _), measure in measures.items()}
     assert found == {
         "length ratio": 12 / (4 + 1),  # 9 + 3 words by means of 2 and 6, and 1
-        "aspect coverage": 1 / 2,  # light, and not composition; the second reference speaks of none
-        "aspects in no reference": (1 / 2 + 1) / 2,  # colour; focus
+        "topic coverage": 1 / 2,  # light, and not composition; the second reference speaks of none
+        "topics in no reference": (1 / 2 + 1) / 2,  # colour; focus
         "coverage of light": 1,
         "coverage of composition": 0,
     }
@@ -168,9 +170,9 @@ def test_length_and_aspects():
 
 def test_distinct_by_hand():
     texts = ["a b a b", "a b c"]
-    assert evaluate_captions.distinct(texts, 1) == 3 / 7
-    assert evaluate_captions.distinct(texts, 2) == 3 / 5  # ab ba ab, ab bc
-    assert np.isnan(evaluate_captions.distinct(["a"], 2))
+    assert metrics.distinct(texts, 1) == 3 / 7
+    assert metrics.distinct(texts, 2) == 3 / 5  # ab ba ab, ab bc
+    assert np.isnan(metrics.distinct(["a"], 2))
 
 
 def test_self_bleu_is_bleu_against_all_others():
@@ -179,9 +181,9 @@ def test_self_bleu_is_bleu_against_all_others():
     for i, text in enumerate(texts):
         scorer = BleuScorer(text, texts[:i] + texts[i + 1 :], n=4)
         values.append(scorer.compute_score(option="closest")[0][3])
-    assert evaluate_captions.self_bleu(texts) == pytest.approx(np.mean(values))
-    assert evaluate_captions.self_bleu([CAPTIONS[0]] * 3) == pytest.approx(1)
-    assert np.isnan(evaluate_captions.self_bleu(CAPTIONS[:1]))
+    assert metrics.self_bleu(texts) == pytest.approx(np.mean(values))
+    assert metrics.self_bleu([CAPTIONS[0]] * 3) == pytest.approx(1)
+    assert np.isnan(metrics.self_bleu(CAPTIONS[:1]))
 
 
 # Scores --------------------------------------------------------------------------------------------------------------
@@ -190,27 +192,27 @@ def test_self_bleu_is_bleu_against_all_others():
 def test_correlations_are_scipys():
     rows = np.random.default_rng(0).normal(5, 2, (3, 20, 2)).round()  # ties
     expected = [[of(*one.T).statistic for one in rows] for of in (stats.spearmanr, stats.pearsonr)]
-    assert evaluate_captions.srcc(rows) == pytest.approx(expected[0])
-    assert evaluate_captions.plcc(rows) == pytest.approx(expected[1])
+    assert metrics.srcc(rows) == pytest.approx(expected[0])
+    assert metrics.plcc(rows) == pytest.approx(expected[1])
     rows[1, :, 0] = 5
-    assert np.isnan(evaluate_captions.srcc(rows)).tolist() == [False, True, False]
+    assert np.isnan(metrics.srcc(rows)).tolist() == [False, True, False]
 
 
 def test_accuracy_at_5():
-    assert evaluate_captions.accuracy_at_5(np.array([[5.1, 9], [5, 1], [5, 6], [7, 3]])) == 0.5
+    assert metrics.accuracy_at_5(np.array([[5.1, 9], [5, 1], [5, 6], [7, 3]])) == 0.5
 
 
 @pytest.mark.parametrize(
-    "value, rating",
+    "value, score",
     [(7, 7), ("8.6", 8.6), ([6.5], 6.5), ({"mean": 3.2, "std": 1}, 3.2), ([0, 0, 3, 0, 0, 0, 1, 0, 0, 0], 4)],
 )
-def test_ratings(value, rating):
-    assert evaluate_captions.as_rating(value) == pytest.approx(rating)
+def test_scores(value, score):
+    assert evaluate_captions.as_score(value) == pytest.approx(score)
 
 
 @pytest.mark.parametrize("value", [None, "good", "", "nan", float("inf"), [0] * 10, [1, 2], [], {"std": 1}, [[5]] * 2])
-def test_no_ratings(value):
-    assert np.isnan(evaluate_captions.as_rating(value))
+def test_no_scores(value):
+    assert np.isnan(evaluate_captions.as_score(value))
 
 
 # Saliency ------------------------------------------------------------------------------------------------------------
@@ -237,7 +239,7 @@ def test_saliency_figures_are_pysaliencys(change):
     """As it stands, partly below 0, and flat."""
     prediction, truth, fixations = maps()
     prediction = np.ones_like(truth) if change is None else prediction + change
-    found = evaluate_captions.saliency_figures(prediction, truth, fixations)
+    found = metrics.saliency_figures(prediction, truth, fixations)
     assert list(found) == ["AUC-Judd", "NSS", "CC", "SIM", "KL"]
     assert list(found.values()) == pytest.approx(PYSALIENCY[change], rel=1e-7)
 
@@ -246,48 +248,48 @@ def test_auc_by_hand():
     saliency = np.array([[4.0, 3, 2, 1]])
     fixated = np.array([[True, False, True, False]])
     # hits over alarms: (0, 0), (0, 1/2), (1/2, 1), (1, 1)
-    assert evaluate_captions.auc_judd(saliency, fixated) == pytest.approx(0.75 / 2 + 1 / 2)
-    assert np.isnan(evaluate_captions.auc_judd(saliency, fixated > 1))
-    assert np.isnan(evaluate_captions.auc_judd(saliency, fixated >= 0))
+    assert metrics.auc_judd(saliency, fixated) == pytest.approx(0.75 / 2 + 1 / 2)
+    assert np.isnan(metrics.auc_judd(saliency, fixated > 1))
+    assert np.isnan(metrics.auc_judd(saliency, fixated >= 0))
 
 
 def test_a_map_against_itself():
     _, truth, _ = maps()
-    found = evaluate_captions.saliency_figures(truth, truth, None)
+    found = metrics.saliency_figures(truth, truth, None)
     assert found["AUC-Judd"] > 0.99 and found["NSS"] > 1.5
     assert [found[name] for name in ("CC", "SIM", "KL")] == pytest.approx([1, 1, 0], abs=1e-12)
 
 
 def test_what_cannot_be_told_is_nan():
     prediction, truth, fixations = maps()
-    alone = evaluate_captions.saliency_figures(prediction, None, fixations)
+    alone = metrics.saliency_figures(prediction, None, fixations)
     assert {name for name, value in alone.items() if np.isnan(value)} == {"CC", "SIM", "KL"}
-    blank = evaluate_captions.saliency_figures(prediction, np.zeros_like(truth), None)
+    blank = metrics.saliency_figures(prediction, np.zeros_like(truth), None)
     assert np.isnan(list(blank.values())).all()
-    unseen = evaluate_captions.saliency_figures(prediction, truth, np.zeros((0, 2)))
+    unseen = metrics.saliency_figures(prediction, truth, np.zeros((0, 2)))
     assert {name for name, value in unseen.items() if np.isnan(value)} == {"AUC-Judd", "NSS"}
 
 
 def test_fixations_reach_the_borders():
-    counts = evaluate_captions.fixation_map(np.array([[0, 0], [1, 1], [1, 1], [0.5, 0]]), (2, 4))
+    counts = metrics.fixation_map(np.array([[0, 0], [1, 1], [1, 1], [0.5, 0]]), (2, 4))
     assert counts.tolist() == [[1, 0, 1, 0], [0, 0, 0, 2]]
 
 
 def test_maps_are_brought_to_the_references_size():
     ramp = np.tile(np.arange(8.0), (6, 1))
     large = np.tile((np.arange(16) + 0.5) / 2 - 0.5, (12, 1)).clip(0, 7)
-    assert evaluate_captions.resize_map(ramp, (12, 16)) == pytest.approx(large)
-    assert evaluate_captions.cc(evaluate_captions.resize_map(ramp, (30, 40)), np.tile(np.arange(40.0), (30, 1))) > 0.99
-    assert np.ptp(evaluate_captions.resize_map(np.full((3, 5), 0.1), (7, 11))) == 0
+    assert metrics.resize_map(ramp, (12, 16)) == pytest.approx(large)
+    assert metrics.cc(metrics.resize_map(ramp, (30, 40)), np.tile(np.arange(40.0), (30, 1))) > 0.99
+    assert np.ptp(metrics.resize_map(np.full((3, 5), 0.1), (7, 11))) == 0
 
 
 def test_centre_bias_leaves_its_own_photograph_out():
     left, right = np.zeros((64, 64)), np.zeros((64, 64))
     left[:, :32], right[:, 32:] = 1, 3
-    biases = evaluate_captions.centre_biases([(left, None), (right, None), (right, None)])
+    biases = metrics.centre_biases([(left, None), (right, None), (right, None)])
     assert biases[0] == pytest.approx(right / right.sum())
     assert biases[1] == pytest.approx((left / left.sum() + right / right.sum()) / 2)
-    around = evaluate_captions.centre_biases([(left, None), (None, np.array([[0.25, 0.75]]))])[0]
+    around = metrics.centre_biases([(left, None), (None, np.array([[0.25, 0.75]]))])[0]
     assert np.unravel_index(around.argmax(), around.shape) == (48, 16)
 
 
@@ -295,21 +297,21 @@ def test_centre_bias_leaves_its_own_photograph_out():
 
 
 def measure(values: np.ndarray, photos: np.ndarray | None = None) -> Measure:
-    rows = evaluate_captions.counted(np.asarray(values, dtype=float))
-    return Measure(evaluate_captions.ratio, rows, np.arange(len(rows)) if photos is None else photos).by_photo()
+    rows = metrics.counted(np.asarray(values, dtype=float))
+    return Measure(metrics.ratio, rows, np.arange(len(rows)) if photos is None else photos).by_photo()
 
 
 def interval(one: Measure, resamples: int = 200) -> list[float]:
-    return evaluate_captions.interval(one, resamples, seed=0)
+    return metrics.interval(one, resamples, seed=0)
 
 
 def test_wrong_photos_are_others_of_the_same_aspect():
     aspects = ["light", "focus"] * 10 + ["colour"]
-    partners = evaluate_captions.wrong_photos(aspects, seed=0)
+    partners = metrics.wrong_photos(aspects, seed=0)
     assert partners[20] == -1
     assert sorted(partners[:20]) == list(range(20))
     assert all(i != other and aspects[i] == aspects[other] for i, other in enumerate(partners[:20]))
-    assert partners.tolist() != evaluate_captions.wrong_photos(aspects, seed=1).tolist()
+    assert partners.tolist() != metrics.wrong_photos(aspects, seed=1).tolist()
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
@@ -329,13 +331,13 @@ def test_captions_of_one_photograph_are_not_independent():
 
 def test_intervals_of_almost_nothing():
     assert np.isnan(interval(measure([1.0]))).all()
-    ends = evaluate_captions.bootstrap(3, lambda drawn: np.where(drawn[..., 0] == 0, np.nan, 2.0), 50, 0)
+    ends = metrics.bootstrap(3, lambda drawn: np.where(drawn[..., 0] == 0, np.nan, 2.0), 50, 0)
     assert ends == [2, 2]
-    assert np.isnan(evaluate_captions.bootstrap(3, lambda drawn: np.full(drawn.shape[:-1], np.nan), 50, 0)).all()
+    assert np.isnan(metrics.bootstrap(3, lambda drawn: np.full(drawn.shape[:-1], np.nan), 50, 0)).all()
 
 
 def compare(first: Measure, second: Measure, resamples: int = 500) -> dict[str, Any]:
-    return evaluate_captions.compare(first, second, resamples, seed=0)
+    return metrics.compare(first, second, resamples, seed=0)
 
 
 def test_a_system_is_not_different_from_itself():
@@ -465,13 +467,13 @@ def test_report_names_everything(compared):
     assert "lower-case words, no punctuation" in text
 
 
-@pytest.mark.parametrize("name", ["aspects.png", "scores.png"])
+@pytest.mark.parametrize("name", ["topics.png", "scores.png"])
 def test_plots_show_two_systems(compared, name):
     with Image.open(compared / name) as image:
         colours = {colour for _, colour in image.convert("RGB").getcolors(image.width * image.height)}
     blue, orange = (31, 119, 180), (255, 127, 14)
-    assert blue in colours if name == "aspects.png" else len(colours) > 20
-    assert (orange in colours) == (name == "aspects.png")
+    assert blue in colours if name == "topics.png" else len(colours) > 20
+    assert (orange in colours) == (name == "topics.png")
 
 
 def test_one_system_without_scores_maps_or_aspects(tmp_path, capsys):
@@ -482,9 +484,9 @@ def test_one_system_without_scores_maps_or_aspects(tmp_path, capsys):
     assert run(paths[0], "--references", paths[1], "--out", out, "--protocols", "all") == 0
     found = figures(out)
     assert found["CIDEr", "all"]["systems"]["captions"]["value"] == pytest.approx(measured("all")["CIDEr"])
-    assert found["report"]["notes"] == ["references: lines joined with another of the same photograph and aspect: 4"]
+    assert found["report"]["notes"] == ["references: lines joined with another of the same photograph and topic: 4"]
     assert {protocol for _, protocol in found.keys() - {"report"}} == {"all", "words", "corpus"}
-    assert not (out / "scores.png").exists() and (out / "aspects.png").exists()
+    assert not (out / "scores.png").exists() and (out / "topics.png").exists()
     assert (out / "report.md").read_text() in capsys.readouterr().out
 
 
@@ -518,13 +520,13 @@ def test_odd_lines_are_counted(tmp_path):
     assert run(paths[0], "--references", paths[1], "--out", tmp_path / "out", "--partial") == 0
     assert figures(tmp_path / "out")["report"]["notes"] == [
         "references: empty ones left out: 3",
-        "references: photographs or aspects without one left out: 1",
+        "references: photographs or topics without one left out: 1",
         "c.jsonl: references without a caption left out: 1",
         "c.jsonl: captions without references not measured: 1",
         "c.jsonl: captions repeated (the first counts): 1",
         "c.jsonl: captions empty (they count): 1",
         "c: scores that cannot be read: 1",
-        "c: ratings that cannot be read: 1",
+        "c: reference scores that cannot be read: 1",
     ]
     assert figures(tmp_path / "out")["length ratio", "words"]["systems"]["c"]["value"] == 4 / 7
 
@@ -537,7 +539,7 @@ def test_scores_outside_the_scale_and_absent_maps_are_counted():
     evaluate_captions.evaluate_saliency(references, captions, 0, report)
     assert report.notes == [
         "scores outside 1 to 10 (they count): 1",
-        "ratings outside 1 to 10 (they count): 1",
+        "reference scores outside 1 to 10 (they count): 1",
         "photographs without a saliency map of the system: 2",
     ]
     assert {name for name, _ in report.own} == {
@@ -552,7 +554,7 @@ def test_one_caption_serves_all_aspects_of_a_photograph(tmp_path):
     notes = []
     found = evaluate_captions.read_captions(captions, references, False, notes)
     assert [row["caption"] for row in found] == ["x", "x"]
-    assert notes == ["c.jsonl: captions of a photograph measured by the references of an aspect: 2"]
+    assert notes == ["c.jsonl: captions of a photograph measured by the references of a topic: 2"]
 
 
 @pytest.mark.parametrize(

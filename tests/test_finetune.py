@@ -252,10 +252,9 @@ def test_critiques_are_compared_with_their_own_references():
     references = [["the light is soft", "soft light"], ["the horizon tilts"], ["sharp eyes , dull colours"]]
     perfect = finetune.caption_metrics([texts[0] for texts in references], references)
     shuffled = finetune.caption_metrics([references[i][0] for i in (1, 2, 0)], references)
-    assert perfect["bleu4"] == pytest.approx(1, abs=1e-4) and perfect["aspect_coverage"] == 1
+    assert perfect["bleu4"] == pytest.approx(1, abs=1e-4) and perfect["topic_coverage"] == 1
     assert perfect["cider"] > 1 > shuffled["cider"]
-    assert shuffled["bleu4"] < 0.01 and shuffled["aspect_coverage"] == 0
-    assert finetune.aspects_of("Blurred; the Frame is level.") == {"focus", "composition"}
+    assert shuffled["bleu4"] < 0.01 and shuffled["topic_coverage"] == 0
 
 
 def test_tiles_are_drawn_without_a_heat_map():
@@ -470,7 +469,7 @@ def check_critiques(out: Path, images: Path, step: int):
     assert [line["aspect"] for line in lines] == ["general_impression", "focus"] * 2
     for line in lines:
         photo = Image.open(images / f"{line['image_id']}.jpg")
-        prompt = aic_data.aspect_prompt(processor, line["aspect"])
+        prompt = aic_data.topic_prompt(processor, line["aspect"])
         inputs = processor(images=photo, text=prompt, return_tensors="pt")
         tokens = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         assert line["caption"] and line["caption"] == processor.decode(tokens, skip_special_tokens=True).strip()

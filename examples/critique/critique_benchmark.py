@@ -27,6 +27,7 @@ Finished runs are kept in `--work`, and with `--record FILE.md` in FILE.json, an
 import argparse
 import hashlib
 import json
+import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -38,28 +39,24 @@ import torch
 import torch.nn.functional as F
 from critique_captions import plain_caption
 from critique_data import ASPECT_FAULTS, FAULTS, critique_dataset, load_sources, named_faults
-from evaluate_ase_mini import centre_bias, saliency_scores, text_scores
+from evaluate_ase_mini import centre_bias, saliency_scores
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
-from train_ase_mini import IMAGE_SIZE
-from transformers import (
-    LlavaForConditionalGeneration,
-    PreTrainedModel,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from train_ase_mini import IMAGE_SIZE, make_optimizer
+from transformers import LlavaForConditionalGeneration, PreTrainedModel, Trainer, TrainingArguments, set_seed
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from common import write_between, write_captions
+from metrics import caption_scores
 
 from ase_mllm import ASEForConditionalGeneration, ASEProcessor, IASMConfig
-from ase_mllm.modeling_iasm import (
-    aspect_loss,
-    saliency_losses,
-    score_loss,
-)
+from ase_mllm.modeling_iasm import aspect_loss, saliency_losses, score_loss
 
 
 BUNDLE = Path(__file__).parents[1] / "ase-mini"
@@ -245,18 +242,6 @@ def graft(arm: str, base: LlavaForConditionalGeneration, processor: ASEProcessor
 # Runs ----------------------------------------------------------------------------------------------------------------
 
 
-def parameter_groups(model: nn.Module, learning_rate: float) -> list[dict]:
-    """No weight decay on vectors; gates twenty times as fast, or they hardly open; a warmed-up IASM a tenth as fast."""
-    rates = {"gate": 20.0, "iasm": 0.1}
-    groups = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            part = "gate" if name.endswith("gate") else "iasm" if ".iasm." in name else ""
-            key = learning_rate * rates.get(part, 1.0), 0.05 if parameter.ndim > 1 else 0.0
-            groups.setdefault(key, []).append(parameter)
-    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
-
-
 def train(
     model: nn.Module, pictures: Pictures, collator: Callable, batch_size: int, seed: int, args: argparse.Namespace
 ) -> float:
@@ -276,8 +261,7 @@ def train(
         disable_tqdm=True,
         seed=seed,
     )
-    groups = parameter_groups(model, args.learning_rate)
-    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.98), fused=True)
+    optimizer = make_optimizer(model, args.learning_rate)
     trainer = Trainer(model, arguments, train_dataset=pictures, data_collator=collator, optimizers=(optimizer, None))
     return trainer.train().metrics["train_runtime"]
 
@@ -329,17 +313,14 @@ def run_arm(arm: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
 def measure(learner: Learner, pictures: Pictures, collator: Collator) -> dict[str, Any]:
     """All figures of one trained arm on the held-out pictures."""
     rows = [pictures[i] for i in range(len(pictures))]
-    tokenizer, model = collator.tokenizer, learner.mllm
+    model = learner.mllm
     captions, heads, judged, maps = [], [], [], []
     for start in range(0, len(rows), 50):
         batch = rows[start : start + 50]
         pixels = collator.pixels(batch)
         prompts = torch.tensor([collator.prompt] * len(batch))
-        ids = model.generate(
-            input_ids=prompts, pixel_values=pixels, do_sample=False, max_new_tokens=90,
-            attention_mask=torch.ones_like(prompts), pad_token_id=tokenizer.pad_token_id,
-        )  # fmt: skip
-        captions += tokenizer.batch_decode(ids[:, prompts.shape[1] :], skip_special_tokens=True)
+        inputs = {"input_ids": prompts, "pixel_values": pixels, "attention_mask": torch.ones_like(prompts)}
+        captions += write_captions(model, collator.tokenizer, inputs, max_new_tokens=90)[0]
         heads += learner(**collator(batch))["aspects"].tolist()
         if isinstance(model, ASEForConditionalGeneration):
             outputs = model.model.iasm(pixels)
@@ -356,9 +337,9 @@ def measure(learner: Learner, pictures: Pictures, collator: Collator) -> dict[st
         "accuracy of the IASM": accuracies([decide(logits) for logits in judged], truths, composite)
         if judged
         else None,
-        "text": text_scores(captions, references),
-        "text, composites": text_scores([captions[i] for i in pasted], [references[i] for i in pasted]),
-        "wrong photo": text_scores(captions, references[1:] + references[:1]),
+        "text": caption_scores(captions, references),
+        "text, composites": caption_scores([captions[i] for i in pasted], [references[i] for i in pasted]),
+        "wrong photo": caption_scores(captions, references[1:] + references[:1]),
         "saliency": measure_maps(maps, [row["saliency"].numpy() for row in rows]) if maps else None,
         "captions": captions,
     }
@@ -497,9 +478,7 @@ def read_record(path: Path, settings: dict[str, Any]) -> Figures:
 
 def write_record(path: Path, table: str, figures: Figures, settings: dict[str, Any]) -> None:
     """The table between the marks of `path`, and the figures of every run beside it, to which more can be added."""
-    begin, end = "<!-- benchmark: begin -->", "<!-- benchmark: end -->"
-    before, rest = path.read_text(encoding="utf-8").split(begin)
-    path.write_text(f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}", encoding="utf-8")
+    write_between(path, "<!-- benchmark: begin -->", "<!-- benchmark: end -->", table)
     arms = {}
     for (arm, seed), values in sorted(figures.items()):
         arms.setdefault(arm, {})[seed] = values

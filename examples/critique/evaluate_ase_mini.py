@@ -11,19 +11,22 @@ the extra `evaluation`. Two sets are measured: faults "from the least strength t
 
 import argparse
 import json
-import re
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from critique_data import ASPECT_FAULTS, FAULTS, critique_dataset, load_sources, named_faults
 from huggingface_hub import EvalResult, ModelCard
-from pycocoevalcap.bleu.bleu import Bleu
-from pycocoevalcap.cider.cider import Cider
-from pycocoevalcap.rouge.rouge import Rouge
 from scipy.stats import rankdata, spearmanr
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from common import words, write_between, write_captions
+from metrics import caption_scores, cc, nss
 
 import ase_mllm  # noqa: F401  (registers the Auto classes)
 
@@ -40,15 +43,12 @@ def caption_set(model, processor, rows, batch_size: int) -> dict[str, list]:
     found = {
         name: [] for name in ("caption", "references", "labels", "composite", "score", "true_score", "map", "mask")
     }
-    prompt = processor.critique_prompt()
     for start in tqdm(range(0, len(rows), batch_size)):
         batch = [rows[index] for index in range(start, min(start + batch_size, len(rows)))]
-        inputs = processor(
-            images=[row["image"] for row in batch], text=[prompt] * len(batch), padding=True, return_tensors="pt"
-        )
-        output = model.generate(**inputs, return_dict_in_generate=True)
-        answers = output.sequences[:, inputs["input_ids"].shape[1] :]
-        found["caption"] += processor.batch_decode(answers, skip_special_tokens=True)
+        images, prompts = [row["image"] for row in batch], [processor.critique_prompt()] * len(batch)
+        inputs = processor(images=images, text=prompts, padding=True, return_tensors="pt")
+        captions, output = write_captions(model, processor, inputs)
+        found["caption"] += captions
         found["score"] += [score["mean"] for score in processor.post_process_scores(output)]
         found["map"] += [heat.numpy() for heat in processor.post_process_saliency(output, [(32, 32)] * len(batch))]
         for row in batch:
@@ -75,37 +75,23 @@ def fault_rates(captions: list[str], labels: list[dict[str, float]]) -> dict[str
     return rates
 
 
-def text_scores(captions: list[str], references: list[list[str]]) -> dict[str, float]:
-    """CIDEr, BLEU-4 and ROUGE-L by `PROTOCOL`."""
-    answers = {i: [_words(caption)] for i, caption in enumerate(captions)}
-    truths = {i: [_words(text) for text in texts] for i, texts in enumerate(references)}
-    return {
-        "CIDEr": float(Cider().compute_score(truths, answers)[0]),
-        "BLEU-4": float(Bleu(4).compute_score(truths, answers, verbose=0)[0][3]),
-        "ROUGE-L": float(Rouge().compute_score(truths, answers)[0]),
-    }
-
-
-def _words(text: str) -> str:
-    return " ".join(re.findall(r"[a-z0-9'-]+", text.lower()))
-
-
 def _mean(values: list) -> float:
     return float(np.mean(values)) if values else float("nan")
+
+
+def area_under_roc(values: np.ndarray, positive: np.ndarray) -> float:
+    hits, misses = positive.sum(), (~positive).sum()
+    return float((rankdata(values)[positive].sum() - hits * (hits + 1) / 2) / (hits * misses))
 
 
 def saliency_scores(maps: list[np.ndarray], masks: list[np.ndarray]) -> dict[str, float]:
     """CC, NSS and AUC against subject masks; the positions that the subject covers by half count as looked at."""
     rows = []
     for saliency, mask in zip(maps, masks):
-        looked_at = mask.ravel() > 0.5
+        looked_at = mask > 0.5
         if 0 < looked_at.sum() < looked_at.size:
-            values = saliency.ravel()
-            ranks = rankdata(values)[looked_at]
-            hits, misses = looked_at.sum(), (~looked_at).sum()
-            area = (ranks.sum() - hits * (hits + 1) / 2) / (hits * misses)
-            normed = (values - values.mean()) / (values.std() + 1e-9)
-            rows.append((np.corrcoef(values, mask.ravel())[0, 1], normed[looked_at].mean(), area))
+            area = area_under_roc(saliency.ravel(), looked_at.ravel())
+            rows.append((cc(saliency, mask), nss(saliency, looked_at), area))
     return dict(zip(("CC", "NSS", "AUC"), np.mean(rows, axis=0).tolist())) | {"pictures": len(rows)}
 
 
@@ -129,10 +115,10 @@ def measure(model, processor, split_rows: dict, train_rows, batch_size: int) -> 
             "aspects": {**rates, "placement, composites": placed},
             "macro recall": _mean([recall for recall, _, _ in macro]),
             "largest false alarm": max(alarm for _, alarm, _ in macro),
-            "text": text_scores(found["caption"], found["references"]),
-            "wrong photo": text_scores(found["caption"], shuffled),
-            "length ratio": _mean([len(_words(c).split()) for c in found["caption"]])
-            / _mean([len(_words(r).split()) for texts in found["references"] for r in texts]),
+            "text": caption_scores(found["caption"], found["references"]),
+            "wrong photo": caption_scores(found["caption"], shuffled),
+            "length ratio": _mean([len(words(text)) for text in found["caption"]])
+            / _mean([len(words(text)) for texts in found["references"] for text in texts]),
             "SRCC": float(spearmanr(found["score"], found["true_score"]).statistic),
             "saliency": saliency_scores(found["map"], found["mask"]),
             "centre bias": centre_bias(found["mask"], centre),
@@ -143,46 +129,34 @@ def measure(model, processor, split_rows: dict, train_rows, batch_size: int) -> 
 
 def as_markdown(figures: dict) -> str:
     """The card's tables."""
-    names = list(figures)
-    lines = ["| aspect | " + " | ".join(f"recall, {n} | false alarms | faults" for n in names) + " |"]
-    lines.append("|---" * (1 + 3 * len(names)) + "|")
-    for aspect in figures[names[0]]["aspects"]:
-        cells = [f"{r:.0%} | {a:.1%} | {n}" for r, a, n in (figures[name]["aspects"][aspect] for name in names)]
+    sets = list(figures.values())
+    lines = ["| aspect | " + " | ".join(f"recall, {name} | false alarms | faults" for name in figures) + " |"]
+    lines.append("|---" * (1 + 3 * len(sets)) + "|")
+    for aspect in sets[0]["aspects"]:
+        cells = [f"{r:.0%} | {a:.1%} | {n}" for r, a, n in (one["aspects"][aspect] for one in sets)]
         lines.append(f"| {aspect.replace('_', ' ')} | " + " | ".join(cells).replace("nan%", "-") + " |")
-    macro = [f"{figures[n]['macro recall']:.0%} | at most {figures[n]['largest false alarm']:.1%} | " for n in names]
+    macro = [f"{one['macro recall']:.0%} | at most {one['largest false alarm']:.1%} | " for one in sets]
     lines += ["| **macro** (without level and placement) | " + " | ".join(macro) + " |", ""]
-    lines += ["| figure | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
-    for metric in ("CIDEr", "BLEU-4", "ROUGE-L"):
-        cells = [
-            f"{figures[n]['text'][metric]:.3f} (wrong photo {figures[n]['wrong photo'][metric]:.3f})" for n in names
-        ]
-        lines.append(f"| {metric} | " + " | ".join(cells) + " |")
-    lines.append(
-        "| caption length / reference length | "
-        + " | ".join(f"{figures[n]['length ratio']:.2f}" for n in names)
-        + " |"
-    )
-    lines.append("| score SRCC | " + " | ".join(f"{figures[n]['SRCC']:.3f}" for n in names) + " |")
+    lines += ["| figure | " + " | ".join(figures) + " |", "|---" * (1 + len(sets)) + "|"]
+    rows = {
+        metric: [f"{one['text'][metric]:.3f} (wrong photo {one['wrong photo'][metric]:.3f})" for one in sets]
+        for metric in ("CIDEr", "BLEU-4", "ROUGE-L")
+    }
+    rows["caption length / reference length"] = [f"{one['length ratio']:.2f}" for one in sets]
+    rows["score SRCC"] = [f"{one['SRCC']:.3f}" for one in sets]
     for metric in ("AUC", "NSS", "CC"):
-        cells = [
-            f"{figures[n]['saliency'][metric]:.3f} (centre bias {figures[n]['centre bias'][metric]:.3f})"
-            for n in names
-        ]
-        lines.append(f"| saliency {metric} | " + " | ".join(cells) + " |")
-    parameters = next(iter(figures.values()))["parameters"]
-    pictures = ", ".join(f"{figures[n]['pictures']} pictures {n}" for n in names)
-    return (
-        "\n".join(lines)
-        + f"\n\nText metrics: {PROTOCOL}. Measured on {pictures}. {parameters / 1e6:.2f} million parameters."
-    )
+        pairs = [(one["saliency"][metric], one["centre bias"][metric]) for one in sets]
+        rows[f"saliency {metric}"] = [f"{own:.3f} (centre bias {bias:.3f})" for own, bias in pairs]
+    lines += [f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows.items()]
+    pictures = ", ".join(f"{one['pictures']} pictures {name}" for name, one in figures.items())
+    about = f"Text metrics: {PROTOCOL}. Measured on {pictures}. {sets[0]['parameters'] / 1e6:.2f} million parameters."
+    return "\n".join([*lines, "", about])
 
 
 def write_card(path: Path, figures: dict) -> None:
-    """Puts the tables between the card's markers and the main figures into its metadata."""
+    """Puts the tables between the card's marks and the main figures into its metadata."""
+    write_between(path, "<!-- figures: begin -->", "<!-- figures: end -->", as_markdown(figures))
     card = ModelCard.load(path)
-    begin, end = "<!-- figures: begin -->", "<!-- figures: end -->"
-    before, rest = card.text.split(begin)
-    card.text = f"{before}{begin}\n{as_markdown(figures)}\n{end}{rest.split(end)[1]}"
     name, measured = next(iter(figures.items()))
     values = {
         "macro fault recall": measured["macro recall"],

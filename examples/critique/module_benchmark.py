@@ -27,12 +27,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from critique_benchmark import PLACED, accuracies, decide, parameter_groups
+from critique_benchmark import PLACED, accuracies, decide
 from critique_data import ASPECT_FAULTS, FAULTS, critique_dataset, load_sources
-from evaluate_ase_mini import saliency_scores
+from evaluate_ase_mini import area_under_roc, saliency_scores
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from scipy.stats import rankdata, spearmanr
+from scipy.stats import spearmanr
+from train_ase_mini import make_optimizer
 from transformers import AutoConfig, AutoModel, set_seed
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -111,7 +112,7 @@ def build(arm: str, width: int) -> ImageAestheticSaliencyModule:
 
 def train(iasm: ImageAestheticSaliencyModule, data: dict, states: dict, args: argparse.Namespace, seed: int):
     """The module alone, `--steps` batches."""
-    optimizer = torch.optim.AdamW(parameter_groups(iasm, args.learning_rate), betas=(0.9, 0.98), fused=True)
+    optimizer = make_optimizer(iasm, args.learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, [group["lr"] for group in optimizer.param_groups], total_steps=args.steps, pct_start=0.1
     )
@@ -162,19 +163,13 @@ def measure(iasm: ImageAestheticSaliencyModule, data: dict, states: dict) -> dic
         "placement": accuracy["placement"],
         "elsewhere": float(np.mean([accuracy[aspect] for aspect in ASPECT_FAULTS if aspect not in PLACED])),
         "score": float(spearmanr(scores, data["score"] @ torch.arange(1.0, 11, dtype=data["score"].dtype)).statistic),
-        "blurred subject": area(
-            [logits[i][column] for i in blurred], [truths[i]["subject_blurred"] == 1 for i in blurred]
+        "blurred subject": area_under_roc(
+            np.array([logits[i][column] for i in blurred]),
+            np.array([truths[i]["subject_blurred"] == 1 for i in blurred]),
         ),
         "parameters": sum(parameter.numel() for parameter in iasm.parameters()) / 1e6,
         **accuracy,
     }
-
-
-def area(values: list[float], truths: list[bool]) -> float:
-    """Under the ROC curve."""
-    ranks, positive = rankdata(values), np.array(truths)
-    hits, misses = positive.sum(), (~positive).sum()
-    return float((ranks[positive].sum() - hits * (hits + 1) / 2) / (hits * misses))
 
 
 def as_markdown(results: dict[str, list[dict[str, float]]], about: str) -> str:

@@ -17,6 +17,7 @@ Stages (each starts from what the one before left in `--work`):
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -36,6 +37,11 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from common import set_gate_rate
 
 from ase_mllm import ASEDataCollator, ASEForConditionalGeneration, ASEProcessor, IASMConfig
 
@@ -194,21 +200,22 @@ class PlainCollator(ASEDataCollator):
         return super().__call__([{**row, "caption": plain_caption(row["aspect_labels"])} for row in examples])
 
 
-def parameter_groups(model: torch.nn.Module, learning_rate: float) -> list[dict]:
-    """No weight decay on vectors; the gates ten times as fast; a trained saliency module slower than the rest."""
-    groups = {"matrices": [], "vectors": [], "gates": [], "iasm": []}
+def make_optimizer(
+    model: torch.nn.Module, learning_rate: float, gates: float = 20.0, iasm: float = 0.1
+) -> torch.optim.Optimizer:
+    """AdamW without decay of vectors; gates, and a saliency module that is trained already, at so many times the rate."""
+    groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            key = "matrices" if parameter.ndim > 1 else "vectors"
-            key = "iasm" if name.startswith("model.iasm.") else "gates" if name.endswith("gate") else key
-            groups[key].append(parameter)
-    rates = {"gates": learning_rate * 10, "iasm": learning_rate * 0.5}
-    decay = {"matrices": 0.05, "iasm": 0.02}
-    return [
-        {"params": parameters, "lr": rates.get(key, learning_rate), "weight_decay": decay.get(key, 0.0)}
-        for key, parameters in groups.items()
-        if parameters
+            key = iasm if ".iasm." in name else 1.0, 0.05 if parameter.ndim > 1 else 0.0
+            groups.setdefault(key, []).append(parameter)
+    groups = [
+        {"params": group, "lr": learning_rate * ratio, "weight_decay": decay}
+        for (ratio, decay), group in groups.items()
     ]
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), fused=True)
+    set_gate_rate(optimizer, model, learning_rate * gates)
+    return optimizer
 
 
 def training_rows(stage: str, num_samples: int, sources: LoadedSources, args) -> Dataset:
@@ -253,14 +260,11 @@ def train_stage(stage: str, model: ASEForConditionalGeneration, processor: ASEPr
         report_to="none",
         seed=args.seed,
     )
-    optimizer = torch.optim.AdamW(parameter_groups(module, learning_rate), betas=(0.9, 0.98))
-    trainer = Trainer(
-        module,
-        arguments,
-        train_dataset=training_rows(stage, samples, sources, args),
-        data_collator=collator,
-        optimizers=(optimizer, None),
+    rows, optimizer = (
+        training_rows(stage, samples, sources, args),
+        make_optimizer(module, learning_rate, gates=10, iasm=0.5),
     )
+    trainer = Trainer(module, arguments, train_dataset=rows, data_collator=collator, optimizers=(optimizer, None))
     trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
     (args.work / f"{stage}.json").write_text(json.dumps(trainer.state.log_history), encoding="utf-8")
 

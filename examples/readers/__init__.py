@@ -2,7 +2,7 @@
 How the field's data sets lie on disk: a file a form.
 
 A reader has `FILES`, patterns of what its folder holds, and `read`, which gives rows by the names of the schema in
-`aic_data.py`: `image`, `captions`, `aspect`, `score`, ... and None for what cannot be read as a row. One of JSON files
+`aic_data.py`: `image`, `captions`, `topic`, `score`, ... and None for what cannot be read as a row. One of JSON files
 says by `accepts` whether a file's content is of its form. A new data set is a file here and its name in `FORMS`.
 """
 

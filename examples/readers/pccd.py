@@ -1,4 +1,4 @@
-"""PCCD: `guru_*.json`, a list of photographs; each gives a row for every aspect."""
+"""PCCD: `guru_*.json`, a list of photographs; each gives a row for every topic."""
 
 import itertools
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 
-ASPECTS = (  # in the order of `score`
+TOPICS = (  # in the order of `score`
     "general_impression",
     "subject_of_photo",
     "composition",
@@ -29,11 +29,11 @@ def read(content: list[Any], file: Path) -> Iterator[dict[str, Any] | None]:
         if not isinstance(entry, dict):
             yield None
             continue
-        for aspect, score in itertools.zip_longest(ASPECTS, (entry.get("score") or [])[: len(ASPECTS)]):
+        for topic, score in itertools.zip_longest(TOPICS, (entry.get("score") or [])[: len(TOPICS)]):
             yield {
                 "image": entry.get("title"),
-                "captions": entry.get(aspect),
-                "aspect": aspect,
-                "aspect_score": score,
+                "captions": entry.get(topic),
+                "topic": topic,
+                "topic_score": score,
                 "score": entry.get("overall"),
             }

@@ -1,0 +1,55 @@
+"""What several of these scripts do: take a caption apart, write captions, give the gates a rate, fill in a file."""
+
+import re
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+# Stems that tell which topic a text speaks of
+TOPIC_STEMS = {
+    "light": r"light|lit\b|expos|overexpos|underexpos|shadow|bright|dark|contrast|vignett",
+    "colour": r"colou?r|saturat|white balance|tones?\b|hue|tint|vivid",
+    "composition": r"compos|fram|crop|horizon|tilt|level|cent(re|er)|thirds|plac|corner|edge|(fore|back)ground",
+    "focus": r"focus|sharp|blur|depth of field|bokeh",
+}
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words without punctuation: the one way in which captions are taken apart."""
+    # NOTE: composed first, or an é of two characters would end its word ("caf")
+    return re.findall(r"[\w'-]+", unicodedata.normalize("NFC", text).lower())
+
+
+def topics_of(text: str) -> set[str]:
+    return {topic for topic, stems in TOPIC_STEMS.items() if re.search(rf"\b({stems})", text.lower())}
+
+
+def write_captions(model: Any, processor: Any, inputs: dict[str, Any], **options: Any) -> tuple[list[str], Any]:
+    """What is generated after each prompt, on one line, and all that `generate()` returns."""
+    output = model.generate(**inputs, do_sample=False, return_dict_in_generate=True, **options)
+    answers = output.sequences[:, inputs["input_ids"].shape[1] :]
+    texts = processor.batch_decode(answers, skip_special_tokens=True)
+    return [" ".join(text.split()) for text in texts], output
+
+
+def set_gate_rate(optimizer: torch.optim.Optimizer, model: torch.nn.Module, rate: float):
+    """Moves the gates to a group of their own, without decay: at the rate of the others they hardly open."""
+    gates = [p for name, p in model.named_parameters() if re.search(r"\bfusions\..*gate$", name) and p.requires_grad]
+    ids = set(map(id, gates))
+    for group in optimizer.param_groups:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ids]
+    optimizer.add_param_group({"params": gates, "lr": rate, "weight_decay": 0.0})
+
+
+def write_between(path: Path, begin: str, end: str, text: str):
+    """Replaces what stands between two marks of a Markdown file."""
+    old = path.read_text(encoding="utf-8")
+    new, found = re.subn(
+        f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: f"{begin}\n{text.rstrip()}\n{end}", old, flags=re.DOTALL
+    )
+    if not found:
+        raise ValueError(f"{path} has no lines {begin!r} and {end!r} to write between.")
+    path.write_text(new, encoding="utf-8")
