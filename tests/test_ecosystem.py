@@ -269,6 +269,7 @@ def test_a_quantised_model_keeps_its_saliency(bits, bundled):
 
 @pytest.mark.parametrize("skipped", [None, ["model.vision_tower", "lm_head"]], ids=["default", "named"])
 @pytest.mark.parametrize("bits", BITS)
+@torch.no_grad()
 def test_a_graft_on_a_quantised_base_is_a_quantised_model(bits, skipped, bundled, tmp_path):
     """It was loaded by another class, yet saves, loads and trains as what it is."""
     model, inputs = bundled
