@@ -499,6 +499,7 @@ def test_resized_embeddings_write_as_those_of_a_resized_base(
         torch.manual_seed(7)
         one.resize_token_embeddings(size, pad_to_multiple_of=multiple, mean_resizing=mean_resizing)
     assert model.config.get_text_config().vocab_size == model.get_input_embeddings().num_embeddings == expected
+    assert model.vocab_size == model.model.vocab_size == model.model.mllm.vocab_size == expected
     inputs = left_pad(*unequal_prompts())
     result = decode(model, inputs)
     assert result[1].shape[-1] == expected
