@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from critique_data import FAULTS
+from critique_captions import FAULTS
 from huggingface_hub import ModelCard
 from PIL import Image, ImageEnhance
 from transformers import AutoModelForImageTextToText, AutoProcessor

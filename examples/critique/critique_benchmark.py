@@ -1,8 +1,9 @@
-"""
+r"""
 Does aesthetic saliency make critiques better? ASE against the same base without it and against a same-size control.
 
-    python examples/critique/critique_benchmark.py --quick                                          # a first table, minutes on two cores
     python examples/critique/critique_benchmark.py --record examples/ase-mini/EXPERIMENTS.md        # the full table, hours
+    python examples/critique/critique_benchmark.py --arms base control ase --seeds 0 --pictures 4000 --test-pictures 400 \
+        --warm-up 4000 --vision-samples 2000 --samples 2000 --work runs/look                        # a look, minutes
 
 Every arm starts from the same base: the LLaVA inside `examples/ase-mini`, which has learned to write critiques, with its
 saliency branch taken away. Every arm sees the same pictures in the same order with the same labels, in three parts:
@@ -11,7 +12,7 @@ to end with captions (the base, which has no saliency module, trains its encoder
 aspect labels and scores also train a head on the image features that the language model reads. Captions to learn from
 have one fixed form (`plain_caption`), so that few of them teach what to see, and so has the one reference. Pictures are
 those of the critique generator, tested on held-out photographs and cut-outs. What a caption says is read from its words
-(`critique_data.named_faults`). The standard `Trainer` trains all.
+(`critique_captions.named_faults`). The standard `Trainer` trains all.
 
     base            the base, fine-tuned; no saliency branch
     base-longer     the same on three times as many samples in every part, to see whether it only lacks training
@@ -20,8 +21,8 @@ those of the critique generator, tested on held-out photographs and cut-outs. Wh
     fusion-*        ASE with one fusion layer: the first, the middle or the last
     no-score-loss   ASE without scores; no-aspect-loss: without aspects for the IASM (control is the one without map)
 
-Finished runs are kept in `--work`, and with `--record FILE.md` in FILE.json, and not run again; arms that differ from
-`ase` behind its saliency module only take that module from the first of them. Needs the extra `evaluation`.
+Finished runs are kept in `--work`, and with `--record FILE.md` in FILE.json, and not run again. Needs the extra
+`evaluation`.
 """
 
 import argparse
@@ -37,11 +38,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from critique_captions import plain_caption
-from critique_data import ASPECT_FAULTS, FAULTS, critique_dataset, load_sources, named_faults
+from critique_captions import ASPECT_FAULTS, FAULTS, named_faults, plain_caption
+from critique_data import critique_dataset, load_sources
 from evaluate_ase_mini import centre_bias, saliency_scores
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
@@ -72,16 +72,6 @@ ADDED_LOSSES = {
     "control": {"saliency_loss_weight": 0.0},
     "no-score-loss": {"score_loss_weight": 0.0},
     "no-aspect-loss": {"aspect_loss_weight": 0.0},
-}
-SAME_IASM = ("ase", "fusion-first", "fusion-middle", "fusion-last")  # before the first part ends
-QUICK = {
-    "arms": MAIN_ARMS,
-    "seeds": [0],
-    "pictures": 4000,
-    "test_pictures": 400,
-    "warm_up": 4000,
-    "vision_samples": 2000,
-    "samples": 2000,
 }
 PLACED = ("placement", "depth", "subject sharpness")  # what has a place in the picture
 
@@ -266,24 +256,6 @@ def train(
     return trainer.train().metrics["train_runtime"]
 
 
-def train_first_part(
-    arm: str, learner: Learner, pictures: Pictures, collator: Collator, seed: int, args: argparse.Namespace
-) -> float:
-    """The saliency module alone, or where there is none the base; an arm with the IASM of `ase` takes that if it is there."""
-    alone = learner if arm in BASES else learner.mllm.model.iasm
-    kept = args.work / f"iasm-{seed}.safetensors"
-    if arm in SAME_IASM and kept.exists():
-        alone.load_state_dict(load_file(kept))
-        with safe_open(kept, framework="pt") as file:
-            return float(file.metadata()["seconds"])
-    seconds = train(alone, pictures, collator.without_text, 2 * args.batch_size, seed, args)
-    if arm in SAME_IASM:
-        written = kept.with_suffix(f".{arm}")
-        save_file(alone.state_dict(), written, metadata={"seconds": str(seconds)})
-        written.replace(kept)
-    return seconds
-
-
 def run_arm(arm: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Trains and measures one arm, or reads what it gave."""
     path = args.work / f"{arm}-{seed}.json"
@@ -298,7 +270,8 @@ def run_arm(arm: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     numbers = np.array([args.warm_up, args.vision_samples, args.samples]) * (LONGER if arm == "base-longer" else 1)
     starts = np.cumsum(numbers) - numbers
     warm_up, vision, whole = (Pictures(args.work, "train", int(n), int(start)) for n, start in zip(numbers, starts))
-    seconds = train_first_part(arm, learner, warm_up, collator, seed, args)
+    alone = learner if arm in BASES else learner.mllm.model.iasm
+    seconds = train(alone, warm_up, collator.without_text, 2 * args.batch_size, seed, args)
     seconds += train(learner, vision, collator.without_text, args.batch_size, seed, args)
     seconds += train(learner, whole, collator, args.batch_size, seed, args)
     result = measure(learner.eval(), Pictures(args.work, "test"), collator)
@@ -512,16 +485,12 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--quick", action="store_true", help="the main arms, one seed, few samples")
     parser.add_argument("--sources", type=Path, help="folder with the photographs and cut-outs")
     parser.add_argument("--work", type=Path, default=Path("runs/critique-benchmark"))
     parser.add_argument(
         "--record", type=Path, help="keep the table between the marks of this file, all runs beside it"
     )
     args = parser.parse_args()
-    if args.quick:
-        parser.set_defaults(**QUICK)
-        args = parser.parse_args()
 
     # Data
     args.work.mkdir(parents=True, exist_ok=True)

@@ -3,8 +3,8 @@
     python examples/critique/critique_data.py --split train --num-samples 24 --out contact_sheet.png
 
 writes a sheet of samples with their captions, to look at. In a program, `critique_dataset` gives the samples made on
-the fly and `critique_pool` the same samples made once and kept in an Arrow cache. A sample depends on (seed, split,
-index) and on nothing else. The photographs and cut-outs come from `critique_sources.py`.
+the fly. A sample depends on (seed, split, index) and on nothing else. The photographs and cut-outs come from
+`critique_sources.py`.
 """
 
 import argparse
@@ -13,14 +13,13 @@ import hashlib
 import io
 import math
 import textwrap
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-from critique_captions import ASPECT_FAULTS, FAULTS, Truth, compose_caption, named_faults
+from critique_captions import ASPECT_FAULTS, FAULTS, Truth, compose_caption
 from critique_pictures import (
     LUMA,
     MAP_SIZE,
@@ -45,18 +44,7 @@ from critique_pictures import (
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 
-__all__ = [
-    "ASPECT_FAULTS",
-    "FAULTS",
-    "LoadedSources",
-    "critique_dataset",
-    "critique_pool",
-    "load_sources",
-    "make_sample",
-    "named_faults",
-]
-
-RATINGS = 10
+SCORES = 10
 DEPTHS = ASPECT_FAULTS["depth"]
 PHOTOMETRIC = tuple(aspect for aspect in ASPECT_FAULTS if aspect not in ("placement", "depth"))
 
@@ -69,7 +57,7 @@ PENALTIES = {"underexposed": 1.2, "overexposed": 1.3, "low_contrast": 0.9, "high
              "warm_cast": 0.9, "muted": 0.7, "oversaturated": 0.9, "blurred": 1.6, "noisy": 1.0, "tilted": 0.8,
              "vignetting": 0.6, "subject_centred": 0.1, "subject_left_third": -0.35, "subject_right_third": -0.35,
              "subject_near_edge": 1.3, "background_blurred": -0.45, "subject_blurred": 1.6}  # fmt: skip
-BEST_RATING = 8.3
+BEST_SCORE = 8.3
 MAX_DRAWBACKS = 4
 MAX_WORDS = 60
 
@@ -112,12 +100,12 @@ def limit_drawbacks(faults: dict[str, float], rng: np.random.Generator) -> None:
 
 def score_distribution(faults: dict[str, float], unsure: int, rng: np.random.Generator) -> list[float]:
     """Shares of the scores 1..10: a normal distribution whose mean falls with the faults and their strength."""
-    mean = BEST_RATING - 0.3 * unsure
+    mean = BEST_SCORE - 0.3 * unsure
     for fault, strength in faults.items():
         penalty = PENALTIES[fault]
         mean -= penalty * (0.4 + 0.6 * strength) if penalty > 0.2 else penalty
     mean, spread = min(max(mean, 1.3), 9.3), rng.uniform(1.1, 1.4)
-    weights = np.exp(-0.5 * ((np.arange(1, RATINGS + 1) - mean) / spread) ** 2)
+    weights = np.exp(-0.5 * ((np.arange(1, SCORES + 1) - mean) / spread) ** 2)
     return (weights / weights.sum()).tolist()
 
 
@@ -288,20 +276,7 @@ def _grain(height: int, width: int, sigma: float, rng: np.random.Generator) -> n
 # Samples -------------------------------------------------------------------------------------------------------------
 
 
-def make_sample(index: int, split: str, seed: int, sources: LoadedSources, **options: Any) -> dict[str, Any]:
-    """One sample, the same for the same (seed, split, index): a picture and what is true of it.
-
-    image: PIL RGB. caption, references: text, and five phrasings of the same truth (the caption is the first).
-    aspect_labels: 18 floats in the order of FAULTS, 1 present, 0 absent, -1 unknown or not applicable.
-    score: shares of the scores 1..10. saliency: float32 (32, 32), the subject's coverage of the whole picture,
-    squashed to a square, all zeros where there is no truth. composite, source, cutout: how it was made.
-    strengths: fault -> strength as a multiple of the least that counts as a fault.
-    `options` are those of `encode_sample`.
-    """
-    return _decoded(encode_sample(index, split, seed, sources, **options))
-
-
-def encode_sample(
+def make_sample(
     index: int,
     split: str,
     seed: int,
@@ -313,7 +288,13 @@ def encode_sample(
     composite_share: float = 0.5,
     natural_share: float = 0.15,
 ) -> dict[str, Any]:
-    """`make_sample` with the picture as JPEG bytes, the map as lists and the strengths in the order of FAULTS.
+    """One sample, the same for the same (seed, split, index): a picture and what is true of it.
+
+    image: PIL RGB. caption, references: text, and five phrasings of the same truth (the caption is the first).
+    aspect_labels: 18 floats in the order of FAULTS, 1 present, 0 absent, -1 unknown or not applicable.
+    score: shares of the scores 1..10. saliency: float32 (32, 32), the subject's coverage of the whole picture,
+    squashed to a square, all zeros where there is no truth. composite, source, cutout: how it was made.
+    strengths: fault -> strength as a multiple of the least that counts as a fault.
 
     long_side: of the picture, in pixels. fault_probability: of a fault in each photometric aspect. strength: least and
     greatest multiple of the least fault. composite_share: of samples with a cut-out as their subject. natural_share:
@@ -327,7 +308,10 @@ def encode_sample(
     photo = pool[int(rng.integers(len(pool)))]
     framing = draw_framing(photo, _draw_tilt(faults, natural, rng), long_side, rng)
     canvas = framing.render(photo.raw if natural else photo.normal)
-    scene = (_pasted if composite else _plain)(canvas, photo, framing, faults, sources, rng)
+    if composite:
+        scene = _pasted(canvas, framing, faults, sources, rng)
+    else:
+        scene = _plain(canvas, photo, framing, faults, rng)
     unsure = unsure_faults(scene.measures)
     _drop_hidden(faults, unsure)
     canvas = scene.canvas
@@ -339,16 +323,16 @@ def encode_sample(
     truth = _truth(faults, labels, scene)
     references = _phrasings(truth, rng)
     return {
-        "image": {"bytes": _jpeg(canvas, rng), "path": None},
+        "image": _as_jpeg(canvas, rng),
         "caption": references[0],
         "references": references,
         "aspect_labels": labels,
         "score": score_distribution(faults, len(unsure - faults.keys()), rng),
-        "saliency": scene.saliency.astype(np.float32).tolist(),
+        "saliency": scene.saliency.astype(np.float32),
         "composite": bool(composite),
         "source": photo.id,
         "cutout": scene.cutout,
-        "strengths": [float(faults.get(fault, 0)) for fault in FAULTS],
+        "strengths": truth.faults,
     }
 
 
@@ -367,12 +351,7 @@ class Scene:
 
 
 def _plain(
-    canvas: Image.Image,
-    photo: Photo,
-    framing: Framing,
-    faults: dict[str, float],
-    sources: LoadedSources,
-    rng: np.random.Generator,
+    canvas: Image.Image, photo: Photo, framing: Framing, faults: dict[str, float], rng: np.random.Generator
 ) -> Scene:
     """A photograph as it is, with its own subject where that is known."""
     placement, saliency = "", np.zeros((MAP_SIZE, MAP_SIZE), np.float32)
@@ -386,12 +365,7 @@ def _plain(
 
 
 def _pasted(
-    canvas: Image.Image,
-    photo: Photo,
-    framing: Framing,
-    faults: dict[str, float],
-    sources: LoadedSources,
-    rng: np.random.Generator,
+    canvas: Image.Image, framing: Framing, faults: dict[str, float], sources: LoadedSources, rng: np.random.Generator
 ) -> Scene:
     """A photograph with a cut-out as its subject."""
     limit_drawbacks(faults, rng)
@@ -474,92 +448,24 @@ def _squashed(coverage: np.ndarray) -> np.ndarray:
     return np.asarray(Image.fromarray(coverage).resize((MAP_SIZE, MAP_SIZE), Image.Resampling.BOX))
 
 
-def _jpeg(image: Image.Image, rng: np.random.Generator) -> bytes:
+def _as_jpeg(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """With the traces that saving leaves."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=int(rng.integers(80, 98)), subsampling=int(rng.choice((0, 2))))
-    return buffer.getvalue()
-
-
-def _decoded(row: dict[str, Any]) -> dict[str, Any]:
-    """A row as `encode_sample` makes it or the pool stores it, with its picture and arrays ready for use."""
-    image = row["image"]
-    if isinstance(image, dict):
-        image = Image.open(io.BytesIO(image["bytes"]))
-    strengths = {fault: value for fault, value in zip(FAULTS, row["strengths"], strict=True) if value > 0}
-    return row | {
-        "image": image.convert("RGB"),
-        "saliency": np.asarray(row["saliency"], np.float32),
-        "strengths": strengths,
-    }
-
-
-# Data sets -----------------------------------------------------------------------------------------------------------
-
-FEATURES = datasets.Features(
-    {
-        "image": datasets.Image(),
-        "caption": datasets.Value("string"),
-        "references": datasets.List(datasets.Value("string")),
-        "aspect_labels": datasets.List(datasets.Value("float32")),
-        "score": datasets.List(datasets.Value("float64")),
-        "saliency": datasets.List(datasets.List(datasets.Value("float32"))),
-        "composite": datasets.Value("bool"),
-        "source": datasets.Value("string"),
-        "cutout": datasets.Value("string"),
-        "strengths": datasets.List(datasets.Value("float64")),
-    }
-)
+    return Image.open(buffer).convert("RGB")
 
 
 def critique_dataset(
     split: str, num_samples: int, seed: int = 0, sources: LoadedSources | None = None, **options: Any
 ) -> datasets.Dataset:
-    """The samples 0..num_samples-1 of a split, each made when it is read; `options` are those of `encode_sample`."""
-    make = functools.partial(_make_row, split=split, seed=seed, sources=sources or load_sources(split), **options)
-    rows = datasets.Dataset.from_dict({"index": list(range(num_samples))})
-    return rows.with_transform(functools.partial(_by_row, function=make))
+    """The samples 0..num_samples-1 of a split, each made when it is read; `options` are those of `make_sample`."""
+    make = functools.partial(_make_rows, split=split, seed=seed, sources=sources or load_sources(split), **options)
+    return datasets.Dataset.from_dict({"index": list(range(num_samples))}).with_transform(make)
 
 
-def critique_pool(
-    split: str,
-    num_samples: int,
-    seed: int = 0,
-    sources: LoadedSources | None = None,
-    *,
-    num_proc: int | None = None,
-    cache_dir: str | None = None,
-    **options: Any,
-) -> datasets.Dataset:
-    """The same samples as `critique_dataset` gives, made once by `num_proc` processes and kept in an Arrow cache."""
-    sources = sources or load_sources(split)
-    code = hashlib.sha256(sources.listing.read_bytes())
-    for name in ("critique_data.py", "critique_pictures.py", "critique_captions.py", "critique_phrases.json"):
-        code.update(Path(__file__).with_name(name).read_bytes())
-    rows = datasets.Dataset.from_generator(
-        _rows,
-        features=FEATURES,
-        cache_dir=cache_dir,
-        num_proc=num_proc,
-        gen_kwargs={"indices": list(range(num_samples)), "split": split, "seed": seed, "sources": sources,
-                    "options": options, "code": code.hexdigest()},
-    )  # fmt: skip
-    return rows.with_transform(functools.partial(_by_row, function=_decoded))
-
-
-def _rows(indices: list[int], split: str, seed: int, sources: LoadedSources, options: dict[str, Any], code: str):
-    """`code` is not used: it is part of the cache's key, so that an edited generator does not find old samples."""
-    for index in indices:
-        yield encode_sample(index, split, seed, sources, **options)
-
-
-def _by_row(batch: dict[str, list], function: Callable[[dict], dict[str, Any]]) -> dict[str, list]:
-    """Calls `function` on each row of a batch (dict of lists) and makes a batch of what it returns."""
-    rows = [function(dict(zip(batch, values, strict=True))) for values in zip(*batch.values(), strict=True)]
+def _make_rows(batch: dict[str, list], **arguments: Any) -> dict[str, list]:
+    rows = [make_sample(index, **arguments) for index in batch["index"]]
     return {name: [row[name] for row in rows] for name in rows[0]}
-
-
-def _make_row(row: dict[str, int], **arguments: Any) -> dict[str, Any]:
-    return make_sample(row["index"], **arguments)
 
 
 # Looking at it -------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ Measures the bundled model on held-out photographs and cut-outs, and writes the 
 
 The pictures come from the critique generator's test split, so no photograph and no cut-out was seen in training. Needs
 the extra `evaluation`. Two sets are measured: faults "from the least strength that counts up" (as in training) and faults
-"at the least strength". What a caption names is read from its words by `critique_data.named_faults`.
+"at the least strength". What a caption names is read from its words by `critique_captions.named_faults`.
 """
 
 import argparse
@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from critique_data import ASPECT_FAULTS, FAULTS, critique_dataset, load_sources, named_faults
+from critique_captions import ASPECT_FAULTS, FAULTS, named_faults
+from critique_data import critique_dataset, load_sources
 from huggingface_hub import EvalResult, ModelCard
 from scipy.stats import rankdata, spearmanr
 from tqdm import tqdm

@@ -28,7 +28,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from critique_benchmark import PLACED, accuracies, decide
-from critique_data import ASPECT_FAULTS, FAULTS, critique_dataset, load_sources
+from critique_captions import ASPECT_FAULTS, FAULTS
+from critique_data import critique_dataset, load_sources
 from evaluate_ase_mini import area_under_roc, saliency_scores
 from PIL import Image
 from safetensors.torch import load_file, save_file

@@ -21,9 +21,8 @@ import sys
 from pathlib import Path
 
 import torch
-from critique_captions import plain_caption
-from critique_data import FAULTS, LoadedSources, critique_dataset, critique_pool, load_sources
-from datasets import Dataset
+from critique_captions import FAULTS, plain_caption
+from critique_data import critique_dataset, load_sources
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     CLIPImageProcessor,
@@ -218,14 +217,6 @@ def make_optimizer(
     return optimizer
 
 
-def training_rows(stage: str, num_samples: int, sources: LoadedSources, args) -> Dataset:
-    """Every picture is new: each stage has a seed of its own. With `--pool`, that many are made first and come round."""
-    options = {"seed": args.seed + STAGES.index(stage), "sources": sources, **OPTIONS.get(stage, {})}
-    if not args.pool:
-        return critique_dataset("train", num_samples, **options)
-    return critique_pool("train", args.pool, num_proc=args.workers or None, **options)
-
-
 def train_stage(stage: str, model: ASEForConditionalGeneration, processor: ASEProcessor, sources, args) -> None:
     """One run of the `Trainer`; it resumes by itself from the last checkpoint of an interrupted run."""
     module, collator = {
@@ -260,26 +251,18 @@ def train_stage(stage: str, model: ASEForConditionalGeneration, processor: ASEPr
         report_to="none",
         seed=args.seed,
     )
-    rows, optimizer = (
-        training_rows(stage, samples, sources, args),
-        make_optimizer(module, learning_rate, gates=10, iasm=0.5),
-    )
+    seed = args.seed + STAGES.index(stage)  # every picture is new
+    rows = critique_dataset("train", samples, seed=seed, sources=sources, **OPTIONS.get(stage, {}))
+    optimizer = make_optimizer(module, learning_rate, gates=10, iasm=0.5)
     trainer = Trainer(module, arguments, train_dataset=rows, data_collator=collator, optimizers=(optimizer, None))
     trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
     (args.work / f"{stage}.json").write_text(json.dumps(trainer.state.log_history), encoding="utf-8")
-
-
-def save_bundle(model: ASEForConditionalGeneration, processor: ASEProcessor, out: Path) -> None:
-    """The folder as the Hub lays it out; the model card beside it is written by hand and by the evaluation."""
-    model.save_pretrained(out)
-    processor.save_pretrained(out)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=(*STAGES, "all"), default="all")
     parser.add_argument("--samples", type=int, help="samples seen in each stage (default: as the bundled model)")
-    parser.add_argument("--pool", type=int, help="make this many pictures first instead of each when it is read")
     parser.add_argument(
         "--vocabulary-samples", type=int, default=2000, help="pictures whose captions make the tokenizer"
     )
@@ -307,12 +290,15 @@ def main() -> None:
         model = build_model(processor)
 
     # Run
+    is_first = int(os.environ.get("RANK", "0")) == 0
     for stage in STAGES if args.stage == "all" else (args.stage,):
         train_stage(stage, model, processor, sources, args)
-        if int(os.environ.get("RANK", "0")) == 0:
-            save_bundle(model, processor, saved)
-    if int(os.environ.get("RANK", "0")) == 0:
-        save_bundle(model, processor, args.out)
+        if is_first:
+            model.save_pretrained(saved)
+            processor.save_pretrained(saved)
+    if is_first:
+        model.save_pretrained(args.out)
+        processor.save_pretrained(args.out)
 
 
 if __name__ == "__main__":
