@@ -339,7 +339,7 @@ def write_card(trainer: CritiqueTrainer, report: Report):
     args, out, state = trainer.script_args, Path(trainer.args.output_dir), trainer.state
     evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
     best = [entry for entry in evaluations if entry["step"] == state.best_global_step] or evaluations[-1:]
-    figures = [(name, entry[f"eval_{name}"]) for entry in best for name in METRICS if f"eval_{name}" in entry]
+    figures = {name: entry[f"eval_{name}"] for entry in best for name in METRICS if f"eval_{name}" in entry}
     data, task = Path(args.data).name, "image-text-to-text"
     header = ModelCardData(
         model_name=out.name,
@@ -349,55 +349,24 @@ def write_card(trainer: CritiqueTrainer, report: Report):
         tags=["ase", "aesthetics", "image-captioning", "saliency", "photography", "custom_code"],
         eval_results=[
             EvalResult(task, data, f"{data}, validation", name, round(value, 4), metric_name=METRICS[name][0])
-            for name, value in figures
+            for name, value in figures.items()
         ],
     )
-    table = "\n".join(f"| {METRICS[name][0]} | {value:.4f} | {METRICS[name][1]} |" for name, value in figures)
     packages = (transformers, torch, accelerate, peft, datasets)
-    card = f"""---
-{header.to_yaml()}
----
-
-# {out.name}
-
-Critiques photographs: what is good, what is wrong, what would help. `{args.model}` with the saliency branch of ASE-MLLM,
-fine-tuned (stage `{args.stage}`).
-
-```python
-from transformers import pipeline
-
-critic = pipeline("{task}", model="{args.push_to or out}", trust_remote_code=True)
-print(critic(images="photo.jpg", text=critic.processor.critique_prompt(), return_full_text=False))
-```
-
-## Data
-
-{len(trainer.train_dataset)} rows to train on; {len(trainer.eval_dataset)} of other photographs to choose the checkpoint and for
-the figures below. The source:
-
-{textwrap.indent(str(report), "    ")}
-
-## Figures
-
-Of step {best[0]["step"] if best else state.global_step} of {state.global_step}, one seed ({trainer.args.seed}), on {len(trainer.photographs)} validation critiques.
-The checkpoint was chosen on the same photographs, so the figures flatter it.
-
-| metric | value | protocol |
-|---|---|---|
-{table}
-
-## Training
-
-    python {shlex.join(sys.argv)}
-
-{trainer.accelerator.num_processes} process(es), {", ".join(f"{one.__name__} {one.__version__}" for one in packages)}.
-
-## Limits
-
-It repeats the taste and the blind spots of its data. Scores mean what the ratings in the data mean. The saliency map
-shows what the model weighted, which is no proof of why it wrote a sentence.
-"""
-    ModelCard(card).save(out / "README.md")
+    ModelCard.from_template(
+        header,
+        template_path=Path(__file__).with_name("model_card.md.jinja"),
+        title=out.name,
+        task=task,
+        args=args,
+        trainer=trainer,
+        report=report,
+        folder=args.push_to or out,
+        step=best[0]["step"] if best else state.global_step,
+        figures=[(METRICS[name][0], value, METRICS[name][1]) for name, value in figures.items()],
+        command=shlex.join(sys.argv),
+        packages=", ".join(f"{one.__name__} {one.__version__}" for one in packages),
+    ).save(out / "README.md")
 
 
 def main():
