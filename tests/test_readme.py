@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pytest
 from conftest import tiny_base, tiny_processor
 from families import FAMILIES
 from transformers import AutoModelForImageTextToText
@@ -11,6 +12,7 @@ from transformers import AutoModelForImageTextToText
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_python_blocks_run_in_order(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     blocks = [block for block in blocks if "import OpenAI" not in block]  # needs a server: see test_serving.py
@@ -45,7 +47,8 @@ def test_usage_in_the_model_card_runs(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "examples/ase-mini/README.md").read_text(), re.DOTALL)
     exec(block, {})
-    assert "generated_text" in capsys.readouterr().out
+    answer = capsys.readouterr().out
+    assert len(answer.split()) > 5 and "Critique" not in answer  # and not the prompt
 
 
 def test_links_and_pictures_exist():
