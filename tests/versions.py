@@ -27,6 +27,7 @@ VERSIONS = ["5.19.0", "5.20.0", "5.21.0", "5.22.0", "5.23.0", "5.24.0"]
 CORE = [
     "tests/test_roundtrip.py",
     "tests/test_ase_mini.py",
+    "tests/test_stored_outputs.py",
     "tests/test_families.py",
     "-k",
     "(roundtrip or says or faults_are_named or fresh_graft or open_gates or saves_and_loads or iasm_sees) "
