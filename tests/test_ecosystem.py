@@ -142,6 +142,7 @@ def sft(model: PreTrainedModel, folder: Path, dataset: Dataset, trainer_class: t
     return trainer
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(TRL_SETS)
 @pytest.mark.parametrize("form", ["messages", "prompt-completion"])
 def test_sft_trains_the_base_and_ours_by_the_same_lines(form, tmp_path):
@@ -172,6 +173,7 @@ def test_sft_trains_an_adapter_and_the_added_modules(tmp_path):
     assert moved - {name for name in before if name.endswith("k_proj.bias")} == adapted | ours
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(TRL_SETS)
 def test_sft_drops_columns_that_its_collator_does_not_know(tmp_path):
     runs = [sft(seeded_graft(), tmp_path / str(rated), conversations("messages", rated)) for rated in (False, True)]

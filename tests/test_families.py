@@ -40,7 +40,13 @@ def noisy_base(family: Family) -> PreTrainedModel:
     return with_noise(AutoModelForImageTextToText.from_config(family.config()))
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+# one of each form of pixels is enough while writing code
+QUICK = {"llava", "llava_next", "mllama", "lfm2_vl", "qwen2_vl"}
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in FAMILIES]
+)
 def case(request) -> Case:
     family = FAMILIES[request.param]
     base = noisy_base(family)

@@ -430,6 +430,7 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
+@pytest.mark.slow
 def test_a_compiled_training_step_is_the_plain_one(model, fresh_compiler):
     inputs = left_pad(prompt(seed=1), prompt(words=4, seed=2))
     targets = {"labels": inputs["input_ids"], "score_targets": torch.ones(2, 10)}
@@ -448,6 +449,7 @@ def test_a_compiled_training_step_is_the_plain_one(model, fresh_compiler):
     assert torch.equal(model(**inputs).logits, expected.logits)
 
 
+@pytest.mark.slow
 def test_the_image_encoder_compiles_alone(model, fresh_compiler):
     """Its hooks are inside the graph, who collects what they say is outside."""
     inputs = prompt()
@@ -460,6 +462,7 @@ def test_the_image_encoder_compiles_alone(model, fresh_compiler):
     assert_nothing_is_left(model)
 
 
+@pytest.mark.slow
 def test_generate_compiles_one_graph_for_all_steps(model, fresh_compiler):
     """`generate()` compiles on accelerators alone unless it is told otherwise."""
     graphs = []

@@ -659,6 +659,7 @@ def test_the_map_loss_of_padded_maps_is_the_mean_of_each_alone():
     assert not torch.isclose(saliency_map_loss(padded, targets), expected)
 
 
+@pytest.mark.slow
 def test_exports_with_a_batch_of_any_size():
     model = tiny_iasm()
     pixels = torch.cat([photo(32, 32, seed) for seed in range(5)])

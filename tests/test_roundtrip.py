@@ -160,6 +160,7 @@ def fresh_folders(tmp_path_factory) -> list[Path]:
     return folders
 
 
+@pytest.mark.slow
 def test_a_process_without_the_package_computes_the_same(fresh_folders):
     inputs = make_inputs()
     prompt = tiny_processor().tokenizer(tiny_processor().critique_prompt(), return_tensors="pt")["input_ids"]
@@ -174,6 +175,7 @@ def test_a_process_without_the_package_computes_the_same(fresh_folders):
         assert torch.equal(outputs["prompt"], prompt)
 
 
+@pytest.mark.slow
 def test_a_process_without_the_package_saves_the_same_folder(fresh_folders):
     first, second, third = fresh_folders
     for folder in (second, third):

@@ -23,6 +23,7 @@ from ase_mllm import ASEForConditionalGeneration, ASEProcessor
 from ase_mllm.processing_ase import AESTHETIC_PROMPTS
 
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MODEL = "examples/ase-mini"

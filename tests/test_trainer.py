@@ -61,6 +61,7 @@ def freeze_base(model: torch.nn.Module) -> torch.nn.Module:
 # Trainer ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [False, True], ids=["all", "frozen_base"])
 def test_resuming_gives_the_loss_of_an_uninterrupted_run(frozen, tmp_path):
     prepare = freeze_base if frozen else lambda model: model
@@ -93,6 +94,7 @@ def test_a_checkpoint_is_a_whole_folder(tmp_path):
     assert (folder / "modeling_ase.py").exists()
 
 
+@pytest.mark.slow
 def test_gradient_accumulation_is_one_large_batch(tmp_path):
     """With captions of different length, and every term of the loss given for every sample."""
     rows = [row for row in training_examples() if row["score"] is not None][:4]
@@ -141,6 +143,7 @@ def test_evaluation(tmp_path):
     assert (6, 8, 8) in [array.shape for array in seen["predictions"]]
 
 
+@pytest.mark.slow
 def test_a_datasets_dataset_feeds_the_trainer(tmp_path):
     rows = training_examples()
     features = Features(
@@ -168,6 +171,7 @@ def peft_logits(model, batch) -> torch.Tensor:
         return model.eval()(**batch).logits
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(PEFT_ASKS)
 def test_lora_on_the_language_model_and_the_added_modules_in_full(tmp_path):
     batch = ASEDataCollator(tiny_processor())(training_examples()[:2])

@@ -88,6 +88,7 @@ def test_export_finds_the_parts_that_it_finds_in_the_base(inputs):
         assert parts[name][0] is expected[name][0]
 
 
+@pytest.mark.slow
 def test_an_exported_encoder_fuses(model, inputs):
     """Its hooks are in the exported graph."""
     encoder, pixels = model.get_encoder("image"), {"pixel_values": inputs["pixel_values"]}
