@@ -37,7 +37,7 @@ import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -77,6 +77,7 @@ SPLITS = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
+MAX_WORDS = 300  # longer texts are counted as overlong, and kept: the collator cuts them
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 PROMPTS = {  # for topics that do not fit "Critique the ... of this photograph."
     **AESTHETIC_PROMPTS,
@@ -115,7 +116,6 @@ class Options:
 
     columns: dict[str, str]
     score_range: tuple[float, float] | None
-    max_words: int
     decode_images: bool
 
 
@@ -214,18 +214,6 @@ class Report:
         return "\n".join([self.source, *table, *checked, *(["For example:", *examples] if examples else [])])
 
 
-def refuse_overlap(train: set[str], evaluated: set[str], name: str = "test"):
-    """
-    Raises:
-        ValueError: if photographs, by their ids, are both trained and evaluated on.
-    """
-    if shared := sorted(train & evaluated):
-        raise ValueError(
-            f"{len(shared)} photographs of {name} are in train as well: {', '.join(shared)}. Take them out of one; if "
-            "they are different photographs of the same name, give each a column `image_id`."
-        )
-
-
 # One row -------------------------------------------------------------------------------------------------------------
 
 
@@ -240,7 +228,7 @@ def to_schema(
         split: Of rows that do not name their own.
     """
     problems: list[str] = []
-    captions, weights = read_texts(row, options.max_words, problems)
+    captions, weights = read_texts(row, problems)
     shares, mean = read_score(row, options.score_range, problems)
     topic = str(row.get("topic") or row.get("aspect") or "").strip() or None
     topic_score = on_scale(row.get("topic_score"), None, problems, "unparsable topic score")
@@ -269,7 +257,7 @@ def to_schema(
     }
 
 
-def read_texts(row: dict[str, Any], max_words: int, problems: list[str]) -> tuple[list[str], list[float] | None]:
+def read_texts(row: dict[str, Any], problems: list[str]) -> tuple[list[str], list[float] | None]:
     """The captions that say anything, and their weights if there are any."""
     texts = row.get("caption") if row.get("captions") is None else row["captions"]
     texts = [] if texts is None else texts if isinstance(texts, list) else [texts]
@@ -288,7 +276,7 @@ def read_texts(row: dict[str, Any], max_words: int, problems: list[str]) -> tupl
             problems.append("unreadable text")
         else:
             kept.append(position)
-            problems += ["overlong text"] * (len(words(text)) > max_words)
+            problems += ["overlong text"] * (len(words(text)) > MAX_WORDS)
             problems += ["broken characters"] * ("\ufffd" in text)
     captions = [texts[position].strip() for position in kept]
     return captions, None if weights is None else [weights[position] for position in kept]
@@ -367,8 +355,8 @@ def is_kept(problems: list[str]) -> bool:
 
 def split_of(path: Path) -> str:
     """The split that the last part of a path names which names any, `train` if none does."""
-    words = re.split(r"[^a-z]+", path.as_posix().lower())
-    return next((SPLITS[word] for word in reversed(words) if word in SPLITS), "train")
+    parts = re.split(r"[^a-z]+", path.as_posix().lower())
+    return next((SPLITS[part] for part in reversed(parts) if part in SPLITS), "train")
 
 
 def index_images(folder: Path, by_name: bool) -> dict[str, str]:
@@ -402,18 +390,17 @@ def find_image(name: str, index: dict[str, str]) -> dict[str, Any] | None:
     return None if path is None else {"path": path, "bytes": None}
 
 
-def file_rows(
-    files: list[str], root: str, images: str | None, options: Options, split: str | None = None
-) -> Iterator[dict[str, Any]]:
-    """Rows in `RAW_FEATURES` of files below `root`; those of one split if it is named."""
+def file_rows(files: list[Path], root: Path, images: Path | None, options: Options) -> Iterator[dict[str, Any]]:
+    """Rows in `RAW_FEATURES` of files below `root`."""
     # NOTE: metadata files mean the picture beside them; of that name there may be another in the test folder
     find_index = functools.cache(index_images)
-    for file in map(Path, files):
+    for file in files:
         is_metadata = file.stem == "metadata"
-        index = find_index(Path(images or file.parent), by_name=images is not None or not is_metadata)
+        index = find_index(images or file.parent, by_name=images is not None or not is_metadata)
         place = file.relative_to(root)
         for number, content in enumerate(read_rows(file), start=1):
-            row = renamed(content or {}, options.columns)
+            row = content or {}
+            row = {**row, **{name: row.get(given) for name, given in options.columns.items()}}
             name = str(row.get("image") or row.get("file_name") or "")
             picture = place.with_name(f"{place.name}:{number}") if name == "" else place.parent / name
             folders = [part for part in picture.parent.parts if part.lower() not in SPLITS]
@@ -422,35 +409,14 @@ def file_rows(
             result = to_schema(row, find_image(name, index), str(image_id), split_here, options)
             if content is None:
                 result["problems"] = ["unreadable row"]
-            if split in (None, result["split"]):
-                yield result
+            yield result
 
 
-def renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
-    return {**row, **{name: row.get(given) for name, given in columns.items()}}
-
-
-def load_files(
-    files: list[Path], root: Path, images: str | Path | None, options: Options, streaming: bool
-) -> dict[str, datasets.Dataset] | dict[str, datasets.IterableDataset]:
-    arguments = {"root": str(root), "images": None if images is None else str(images)}
-    if not streaming:
-        rows = defaultdict(list)
-        for row in file_rows([str(file) for file in files], options=options, **arguments):
-            rows[row["split"]].append(row)
-        return {name: datasets.Dataset.from_list(part, features=RAW_FEATURES) for name, part in rows.items()}
-    holding = defaultdict(dict)  # split -> its files, in order
-    for file in map(str, files):
-        for row in file_rows([file], options=replace(options, decode_images=False), **arguments):
-            holding[row["split"]][file] = None
-    return {
-        name: datasets.IterableDataset.from_generator(
-            file_rows,
-            features=RAW_FEATURES,
-            gen_kwargs={"files": list(part), "split": name, "options": options, **arguments},
-        )
-        for name, part in holding.items()
-    }
+def load_files(files: list[Path], root: Path, images: Path | None, options: Options) -> dict[str, datasets.Dataset]:
+    rows = defaultdict(list)
+    for row in file_rows(files, root, images, options):
+        rows[row["split"]].append(row)
+    return {name: datasets.Dataset.from_list(part, features=RAW_FEATURES) for name, part in rows.items()}
 
 
 # Hub -----------------------------------------------------------------------------------------------------------------
@@ -471,7 +437,7 @@ def load_hub(
 
 
 def hub_row(row: dict[str, Any], split: str, options: Options) -> dict[str, Any]:
-    row = renamed(row, options.columns)
+    row = {**row, **{name: row.get(given) for name, given in options.columns.items()}}
     image = row["image"]
     path, content = (None, None) if image is None else (image["path"], image["bytes"])
     if content is None and (path is None or ("://" not in path and not os.path.isfile(path))):
@@ -491,7 +457,6 @@ def load(
     *,
     columns: dict[str, str] | None = None,
     score_range: tuple[float, float] | None = None,
-    max_words: int = 300,
     decode_images: bool = False,
     streaming: bool = False,
     check: int | None = None,
@@ -505,10 +470,9 @@ def load(
         images: Folder of the pictures, searched to the bottom; by default the source's own.
         columns: Names in the source of columns that it calls otherwise, e.g. `{"caption": "text"}`.
         score_range: Worst and best of single scores, by default 1 and 10 (RPCD: 0 and 1).
-        max_words: Longer texts are counted as overlong. They are kept: the collator cuts them.
         decode_images: Also decodes every picture, so that those which are cut short are left out. Slow; otherwise
             only what does not begin as a picture is.
-        streaming: Rows are read when they are asked for, and never all at once.
+        streaming: Pictures of a Hub data set are fetched when they are asked for, and rows never kept.
         check: Look only at so many rows of each split for the report and for overlap, e.g. of a Hub data set that is
             too large to read twice.
         verbose: Print the report.
@@ -518,11 +482,13 @@ def load(
     """
     if score_range is not None and not score_range[0] < score_range[1]:
         raise ValueError(f"`score_range` is worst and best, got {score_range}.")
-    options = Options(columns or {}, score_range, max_words, decode_images)
+    options = Options(columns or {}, score_range, decode_images)
     path = Path(source)
     if files := find_files(path):
         root = path if path.is_dir() else path.parent
-        splits = load_files(files, root, images, options, streaming)
+        splits = load_files(files, root, None if images is None else Path(images), options)
+        if streaming:
+            splits = {name: rows.to_iterable_dataset() for name, rows in splits.items()}
     else:
         splits = load_hub(str(source), options, streaming)
     splits = {name: splits[name] for name in dict.fromkeys((*SPLITS.values(), *splits)) if name in splits}
@@ -535,9 +501,13 @@ def load(
         print(report)
     if not any(part.image_ids for part in report.splits.values()):
         raise ValueError(f"No row of {source} can be used (do `images` and `columns` fit?):\n{report}")
+    trained = report.splits["train"].image_ids if "train" in report.splits else set()
     for name, part in report.splits.items():
-        if name != "train" and "train" in report.splits:
-            refuse_overlap(report.splits["train"].image_ids, part.image_ids, name)
+        if name != "train" and (shared := sorted(trained & part.image_ids)):
+            raise ValueError(
+                f"{len(shared)} photographs of {name} are in train as well: {', '.join(shared)}. Take them out of one; "
+                "if they are different photographs of the same name, give each a column `image_id`."
+            )
     kind = datasets.IterableDatasetDict if streaming else datasets.DatasetDict
     kept = {name: rows.filter(is_kept, input_columns="problems") for name, rows in splits.items()}
     splits = {
@@ -642,7 +612,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--images", type=Path, help="folder of the pictures (default: the source's own)")
     parser.add_argument("--columns", nargs="+", default=[], metavar="NAME=GIVEN", help="columns of other names")
     parser.add_argument("--score-range", nargs=2, type=float, metavar=("WORST", "BEST"), help="default: 1 10")
-    parser.add_argument("--max-words", type=int, default=300, help="longer texts are overlong (default: %(default)s)")
     parser.add_argument("--decode-images", action="store_true", help="decode every picture, to find those cut short")
     parser.add_argument("--streaming", action="store_true", help="do not hold or store the rows")
     parser.add_argument("--check", type=int, metavar="ROWS", help="look at so many rows of each split only")
@@ -654,7 +623,6 @@ def main(argv: list[str] | None = None) -> int:
             args.images,
             columns=parse_columns(args.columns),
             score_range=args.score_range and tuple(args.score_range),
-            max_words=args.max_words,
             decode_images=args.decode_images,
             streaming=args.streaming,
             check=args.check,

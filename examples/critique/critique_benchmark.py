@@ -21,8 +21,7 @@ those of the critique generator, tested on held-out photographs and cut-outs. Wh
     fusion-*        ASE with one fusion layer: the first, the middle or the last
     no-score-loss   ASE without scores; no-aspect-loss: without aspects for the IASM (control is the one without map)
 
-Finished runs are kept in `--work`, and with `--record FILE.md` in FILE.json, and not run again. Needs the extra
-`evaluation`.
+Finished runs are kept in `--work` and not run again. Needs the extra `evaluation`.
 """
 
 import argparse
@@ -44,9 +43,8 @@ from evaluate_ase_mini import centre_bias, saliency_scores
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
-from train_ase_mini import IMAGE_SIZE, make_optimizer
+from train_ase_mini import IMAGE_SIZE, SaliencyCollator, make_optimizer
 from transformers import LlavaForConditionalGeneration, PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 
@@ -55,7 +53,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import write_between, write_captions
 from metrics import caption_scores
 
-from ase_mllm import ASEForConditionalGeneration, ASEProcessor, IASMConfig
+from ase_mllm import ASEDataCollator, ASEForConditionalGeneration, ASEProcessor, IASMConfig
 from ase_mllm.modeling_iasm import aspect_loss, saliency_losses, score_loss
 
 
@@ -102,46 +100,8 @@ class Pictures(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = (self.start + index) % len(self.columns["image"])
         row = {name: values[index] for name, values in self.columns.items()}
-        return {**row, "caption": plain_caption(row["aspect_labels"].tolist())}
-
-
-class Collator:
-    """Prompt, picture, caption and truth as tensors; labels on the caption."""
-
-    def __init__(self, processor: ASEProcessor):
-        self.tokenizer = processor.tokenizer
-        blank = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE))
-        self.prompt = processor(images=blank, text=processor.critique_prompt())["input_ids"][0]
-        self.mean, self.std = (
-            torch.tensor(values).view(3, 1, 1)
-            for values in (processor.image_processor.image_mean, processor.image_processor.image_std)
-        )
-
-    def pixels(self, rows: list[dict]) -> torch.Tensor:
-        return (torch.stack([row["image"] for row in rows]).float() / 255 - self.mean) / self.std
-
-    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        """All of it, for the whole model."""
-        captions = self.tokenizer([row["caption"] for row in rows])["input_ids"]
-        texts = [torch.tensor([*self.prompt, *caption, self.tokenizer.eos_token_id]) for caption in captions]
-        ids = pad_sequence(texts, batch_first=True, padding_value=self.tokenizer.pad_token_id)
-        labels = torch.where(ids == self.tokenizer.pad_token_id, -100, ids)
-        labels[:, : len(self.prompt)] = -100
-        return {
-            "input_ids": ids,
-            "attention_mask": (ids != self.tokenizer.pad_token_id).long(),
-            "labels": labels,
-            **self.without_text(rows),
-        }
-
-    def without_text(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        """Pictures and truth, for the saliency module alone."""
-        return {
-            "pixel_values": self.pixels(rows),
-            "score_targets": torch.stack([row["score"] for row in rows]),
-            "aspect_targets": torch.stack([row["aspect_labels"] for row in rows]),
-            "saliency_targets": torch.stack([row["saliency"] for row in rows]),
-        }
+        image = Image.fromarray(row["image"].permute(1, 2, 0).numpy())
+        return {**row, "image": image, "caption": plain_caption(row["aspect_labels"].tolist())}
 
 
 # Arms ----------------------------------------------------------------------------------------------------------------
@@ -264,17 +224,17 @@ def run_arm(arm: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
     set_seed(seed)
     processor = ASEProcessor.from_pretrained(BUNDLE)
-    collator = Collator(processor)
+    whole_rows, without_text = ASEDataCollator(processor), SaliencyCollator(processor)
     learner = Learner(load_base())
     learner.mllm = graft(arm, learner.mllm, processor)
     numbers = np.array([args.warm_up, args.vision_samples, args.samples]) * (LONGER if arm == "base-longer" else 1)
     starts = np.cumsum(numbers) - numbers
     warm_up, vision, whole = (Pictures(args.work, "train", int(n), int(start)) for n, start in zip(numbers, starts))
     alone = learner if arm in BASES else learner.mllm.model.iasm
-    seconds = train(alone, warm_up, collator.without_text, 2 * args.batch_size, seed, args)
-    seconds += train(learner, vision, collator.without_text, args.batch_size, seed, args)
-    seconds += train(learner, whole, collator, args.batch_size, seed, args)
-    result = measure(learner.eval(), Pictures(args.work, "test"), collator)
+    seconds = train(alone, warm_up, without_text, 2 * args.batch_size, seed, args)
+    seconds += train(learner, vision, without_text, args.batch_size, seed, args)
+    seconds += train(learner, whole, whole_rows, args.batch_size, seed, args)
+    result = measure(learner.eval(), Pictures(args.work, "test"), processor)
     result["seconds of training"] = seconds
     result["parameters"] = sum(parameter.numel() for parameter in learner.mllm.parameters())
     result["gates"] = [p.tanh().item() for name, p in learner.mllm.named_parameters() if name.endswith("gate")]
@@ -283,20 +243,19 @@ def run_arm(arm: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def measure(learner: Learner, pictures: Pictures, collator: Collator) -> dict[str, Any]:
+def measure(learner: Learner, pictures: Pictures, processor: ASEProcessor) -> dict[str, Any]:
     """All figures of one trained arm on the held-out pictures."""
     rows = [pictures[i] for i in range(len(pictures))]
     model = learner.mllm
     captions, heads, judged, maps = [], [], [], []
     for start in range(0, len(rows), 50):
         batch = rows[start : start + 50]
-        pixels = collator.pixels(batch)
-        prompts = torch.tensor([collator.prompt] * len(batch))
-        inputs = {"input_ids": prompts, "pixel_values": pixels, "attention_mask": torch.ones_like(prompts)}
-        captions += write_captions(model, collator.tokenizer, inputs, max_new_tokens=90)[0]
-        heads += learner(**collator(batch))["aspects"].tolist()
+        images, prompts = [row["image"] for row in batch], [processor.critique_prompt()] * len(batch)
+        inputs = processor(images=images, text=prompts, return_tensors="pt")
+        captions += write_captions(model, processor, inputs, max_new_tokens=90)[0]
+        heads += learner(**SaliencyCollator(processor)(batch))["aspects"].tolist()
         if isinstance(model, ASEForConditionalGeneration):
-            outputs = model.model.iasm(pixels)
+            outputs = model.model.iasm(inputs["pixel_values"])
             maps += list(outputs.saliency_maps)
             judged += outputs.aspect_logits.tolist()
     truths = [dict(zip(FAULTS, row["aspect_labels"].tolist())) for row in rows]
@@ -440,17 +399,8 @@ def about(figures: Figures, seeds: list[int], settings: dict[str, Any]) -> str:
     )
 
 
-def read_record(path: Path, settings: dict[str, Any]) -> Figures:
-    """What was recorded beside the table `path`; a record of other settings is replaced, so nothing of it."""
-    path = path.with_suffix(".json")
-    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"settings": None}
-    if record["settings"] != settings:
-        return {}
-    return {(arm, int(seed)): figures for arm, runs in record["arms"].items() for seed, figures in runs.items()}
-
-
 def write_record(path: Path, table: str, figures: Figures, settings: dict[str, Any]) -> None:
-    """The table between the marks of `path`, and the figures of every run beside it, to which more can be added."""
+    """The table between the marks of `path`, and the figures of every run beside it."""
     write_between(path, "<!-- benchmark: begin -->", "<!-- benchmark: end -->", table)
     arms = {}
     for (arm, seed), values in sorted(figures.items()):
@@ -495,19 +445,17 @@ def main() -> None:
     # Data
     args.work.mkdir(parents=True, exist_ok=True)
     settings = check_settings(args, parser)
-    figures = read_record(args.record, settings) if args.record else {}
     fewer = args.seeds[: args.ablation_seeds]
     runs = [(arm, seed) for seed in args.seeds for arm in args.arms if arm in MAIN_ARMS or seed in fewer]
-    runs = [run for run in runs if run not in figures]
     for split, number in (("train", args.pictures), ("test", args.test_pictures)):
-        if runs and not (args.work / f"{split}.safetensors").exists():
+        if not (args.work / f"{split}.safetensors").exists():
             make_pictures(split, number, args.work, args.sources)
 
     # Run
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         side_by_side = pool.map if args.jobs > 1 else map
         results = side_by_side(run_arm, [arm for arm, _ in runs], [seed for _, seed in runs], [args] * len(runs))
-        figures |= {run: figures_of(result) for run, result in zip(runs, results)}
+        figures = {run: figures_of(result) for run, result in zip(runs, results)}
     table = as_markdown(figures, settings)
     print(table)
     (args.work / "table.md").write_text(table, encoding="utf-8")

@@ -159,37 +159,20 @@ def build_model(processor: ASEProcessor) -> ASEForConditionalGeneration:
     return model
 
 
-class SaliencyCollator:
-    """Pictures and truth for the saliency module alone."""
-
-    def __init__(self, processor: ASEProcessor):
-        self.processor = processor
+class SaliencyCollator(ASEDataCollator):
+    """Pictures and truth, for what learns without captions."""
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
-        images = [example["image"] for example in examples]
-        return {
-            "pixel_values": self.processor.image_processor(images, return_tensors="pt")["pixel_values"],
-            "score_targets": torch.tensor([example["score"] for example in examples]),
-            "saliency_targets": torch.stack([torch.as_tensor(example["saliency"]) for example in examples]),
-            "aspect_targets": torch.tensor([example["aspect_labels"] for example in examples]),
-        }
+        batch = super().__call__(examples)
+        return {name: batch[name] for name in ("pixel_values", "score_targets", "saliency_targets", "aspect_targets")}
 
 
-class LanguageCollator:
-    """Captions after the bare prompt, for the language model alone; labels on the caption."""
-
-    def __init__(self, processor: ASEProcessor):
-        self.tokenizer = processor.tokenizer
-        self.prompt = self.tokenizer(processor.critique_prompt().replace(processor.image_token, ""))["input_ids"]
+class LanguageCollator(ASEDataCollator):
+    """Captions after the bare prompt, for the language model alone."""
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
-        captions = self.tokenizer([example["caption"] for example in examples])["input_ids"]
-        rows = [self.prompt + caption + [self.tokenizer.eos_token_id] for caption in captions]
-        length = max(map(len, rows))
-        ids = torch.tensor([row + [self.tokenizer.pad_token_id] * (length - len(row)) for row in rows])
-        labels = torch.where(ids == self.tokenizer.pad_token_id, -100, ids)
-        labels[:, : len(self.prompt)] = -100
-        return {"input_ids": ids, "attention_mask": (ids != self.tokenizer.pad_token_id).long(), "labels": labels}
+        prompt = self.processor.critique_prompt().replace(self.processor.image_token, "")
+        return super().__call__([{"images": [], "prompt": prompt, "caption": row["caption"]} for row in examples])
 
 
 class PlainCollator(ASEDataCollator):
