@@ -30,77 +30,11 @@ from ase_mllm import ASEConfig, ASEForConditionalGeneration
 
 
 EXAMPLES = Path(__file__).resolve().parent
-QWEN2_7B = {
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-}
-SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
+SHAPES = json.loads((EXAMPLES / "published_shapes.json").read_text(encoding="utf-8"))
 # what distinguishes a published model from its family's default configuration
 PUBLISHED = {
-    "LLaVA-1.5-7B": ("llava", {"text_config": {"vocab_size": 32064}}, (336, 336), 576),
-    "Qwen2.5-VL-7B": (
-        "qwen2_5_vl",
-        {
-            "vision_config": {"hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584},
-            "text_config": {**QWEN2_7B, "vocab_size": 152064, "rope_parameters": {"mrope_section": [16, 24, 24]}},
-        },
-        (672, 1008),
-        24 * 36,
-    ),
-    "Qwen3-VL-8B": (
-        "qwen3_vl",
-        {
-            "vision_config": {"out_hidden_size": 4096},
-            "text_config": {
-                "hidden_size": 4096,
-                "intermediate_size": 12288,
-                "num_hidden_layers": 36,
-                "num_attention_heads": 32,
-                "num_key_value_heads": 8,
-                "rope_parameters": {"mrope_section": [24, 20, 20]},
-            },
-        },
-        (640, 960),
-        20 * 30,
-    ),
-    "InternVL3-8B": ("internvl", {"text_config": {**QWEN2_7B, "vocab_size": 151674}}, (448, 448), 256),
-    "SmolVLM-2B": (
-        "smolvlm",
-        {
-            "vision_config": {**SO400M, "image_size": 384, "patch_size": 14},
-            "text_config": {
-                "model_type": "llama",
-                "hidden_size": 2048,
-                "intermediate_size": 8192,
-                "num_hidden_layers": 24,
-                "num_attention_heads": 32,
-                "num_key_value_heads": 32,
-                "vocab_size": 49155,
-            },
-            "scale_factor": 3,
-        },
-        (384, 384),
-        81,
-    ),
-    "Gemma-3-12B": (
-        "gemma3",
-        {
-            "vision_config": {**SO400M, "image_size": 896, "patch_size": 14},
-            "text_config": {
-                "hidden_size": 3840,
-                "intermediate_size": 15360,
-                "num_hidden_layers": 48,
-                "num_attention_heads": 16,
-                "num_key_value_heads": 8,
-                "vocab_size": 262208,
-            },
-        },
-        (896, 896),
-        256,
-    ),
+    name: (shape["family"], shape["settings"], shape["image_size"], shape["image_tokens"])
+    for name, shape in SHAPES.items()
 }
 PROMPT_TOKENS = 64
 MARKS = "<!-- benchmark: written by examples/benchmark.py -->", "<!-- end of benchmark -->"

@@ -73,12 +73,6 @@ def test_bleu_by_hand():
     assert metrics.bleu(rows, 4) < 1e-3
 
 
-def test_bleu_of_the_closest_reference_length():
-    scores = metrics.bleu_rows(["a b c d"], [["a b c d e f", "a b", "a b c"]])
-    assert scores[0, 8:].tolist() == [4, 3]
-    assert metrics.bleu_rows(["a b c d"], [["a b c d e", "a b c"]])[0, 9] == 3  # the shorter of two
-
-
 def test_rotating_takes_one_reference_a_caption():
     found = measured("rotating")
     chosen = [[REFERENCES[0][0]], [REFERENCES[1][1]], [REFERENCES[2][0]], [REFERENCES[3][1]]]
@@ -194,25 +188,18 @@ def test_correlations_are_scipys():
     expected = [[of(*one.T).statistic for one in rows] for of in (stats.spearmanr, stats.pearsonr)]
     assert metrics.srcc(rows) == pytest.approx(expected[0])
     assert metrics.plcc(rows) == pytest.approx(expected[1])
+    assert metrics.accuracy_at_5(np.array([[5.1, 9], [5, 1], [5, 6], [7, 3]])) == 0.5
     rows[1, :, 0] = 5
     assert np.isnan(metrics.srcc(rows)).tolist() == [False, True, False]
 
 
-def test_accuracy_at_5():
-    assert metrics.accuracy_at_5(np.array([[5.1, 9], [5, 1], [5, 6], [7, 3]])) == 0.5
-
-
 @pytest.mark.parametrize(
     "value, score",
-    [(7, 7), ("8.6", 8.6), ([6.5], 6.5), ({"mean": 3.2, "std": 1}, 3.2), ([0, 0, 3, 0, 0, 0, 1, 0, 0, 0], 4)],
+    [(7, 7), ("8.6", 8.6), ([6.5], 6.5), ({"mean": 3.2, "std": 1}, 3.2), ([0, 0, 3, 0, 0, 0, 1, 0, 0, 0], 4)]
+    + [(bad, np.nan) for bad in (None, "good", "", "nan", float("inf"), [0] * 10, [1, 2], [], {"std": 1}, [[5]] * 2)],
 )
-def test_scores(value, score):
-    assert evaluate_captions.as_score(value) == pytest.approx(score)
-
-
-@pytest.mark.parametrize("value", [None, "good", "", "nan", float("inf"), [0] * 10, [1, 2], [], {"std": 1}, [[5]] * 2])
-def test_no_scores(value):
-    assert np.isnan(evaluate_captions.as_score(value))
+def test_scores_are_numbers_or_shares(value, score):
+    assert evaluate_captions.as_score(value) == pytest.approx(score, nan_ok=True)
 
 
 # Saliency ------------------------------------------------------------------------------------------------------------
@@ -251,13 +238,6 @@ def test_auc_by_hand():
     assert metrics.auc_judd(saliency, fixated) == pytest.approx(0.75 / 2 + 1 / 2)
     assert np.isnan(metrics.auc_judd(saliency, fixated > 1))
     assert np.isnan(metrics.auc_judd(saliency, fixated >= 0))
-
-
-def test_a_map_against_itself():
-    _, truth, _ = maps()
-    found = metrics.saliency_figures(truth, truth, None)
-    assert found["AUC-Judd"] > 0.99 and found["NSS"] > 1.5
-    assert [found[name] for name in ("CC", "SIM", "KL")] == pytest.approx([1, 1, 0], abs=1e-12)
 
 
 def test_what_cannot_be_told_is_nan():
@@ -362,13 +342,6 @@ def test_p_of_few_photographs_is_exact():
     assert compare(measure([1, 2, 3]), measure([2, 3, 4]))["p"] == 2 / 8
 
 
-def test_p_of_equal_systems_is_uniform():
-    rng = np.random.default_rng(0)
-    values = [compare(measure(rng.normal(size=15)), measure(rng.normal(size=15)), 200)["p"] for _ in range(200)]
-    assert np.mean(values) == pytest.approx(0.5, abs=0.06)
-    assert np.mean(np.array(values) < 0.05) < 0.1
-
-
 def test_systems_are_compared_on_the_photographs_of_both():
     first = measure([1, 2, 3, 4], np.array([0, 1, 2, 3]))
     second = measure([9, 3, 4, 5], np.array([7, 2, 3, 1]))
@@ -467,13 +440,12 @@ def test_report_names_everything(compared):
     assert "lower-case words, no punctuation" in text
 
 
-@pytest.mark.parametrize("name", ["topics.png", "scores.png"])
-def test_plots_show_two_systems(compared, name):
-    with Image.open(compared / name) as image:
-        colours = {colour for _, colour in image.convert("RGB").getcolors(image.width * image.height)}
-    blue, orange = (31, 119, 180), (255, 127, 14)
-    assert blue in colours if name == "topics.png" else len(colours) > 20
-    assert (orange in colours) == (name == "topics.png")
+def test_plots_show_two_systems(compared):
+    colours = {}
+    for name in ("topics", "scores"):
+        with Image.open(compared / f"{name}.png") as image:
+            colours[name] = {colour for _, colour in image.convert("RGB").getcolors(image.width * image.height)}
+    assert colours["topics"] >= {(31, 119, 180), (255, 127, 14)} and len(colours["scores"]) > 20
 
 
 def test_one_system_without_scores_maps_or_aspects(tmp_path, capsys):
@@ -508,6 +480,7 @@ def test_odd_lines_are_counted(tmp_path):
         {"image_id": "c", "captions": ["the horizon tilts"], "rating": 4},
         {"image_id": "d", "captions": []},
         {"image_id": "e", "captions": ["dark"], "rating": 12},
+        {"image_id": "b", "aspect": "light", "captions": ["harsh light"]},
     ]
     captions = [
         {"image_id": "a", "caption": "soft light", "score": {"mean": 6}},
@@ -523,12 +496,14 @@ def test_odd_lines_are_counted(tmp_path):
         "references: photographs or topics without one left out: 1",
         "c.jsonl: references without a caption left out: 1",
         "c.jsonl: captions without references not measured: 1",
+        "c.jsonl: captions of a photograph measured by the references of a topic: 1",
         "c.jsonl: captions repeated (the first counts): 1",
-        "c.jsonl: captions empty (they count): 1",
+        "c.jsonl: captions empty (they count): 2",
+        "c: captions without another photograph as control: 1",
         "c: scores that cannot be read: 1",
         "c: reference scores that cannot be read: 1",
     ]
-    assert figures(tmp_path / "out")["length ratio", "words"]["systems"]["c"]["value"] == 4 / 7
+    assert figures(tmp_path / "out")["length ratio", "words"]["systems"]["c"]["value"] == 4 / 9
 
 
 def test_scores_outside_the_scale_and_absent_maps_are_counted():
@@ -546,15 +521,6 @@ def test_scores_outside_the_scale_and_absent_maps_are_counted():
         *("SRCC", "PLCC", "accuracy at 5", "lowest score", "highest score"),
         *("AUC-Judd", "NSS"),
     }
-
-
-def test_one_caption_serves_all_aspects_of_a_photograph(tmp_path):
-    references = [{"image_id": "a", "aspect": name, "captions": ["x"]} for name in ("light", "focus")]
-    captions = write(tmp_path / "c.jsonl", [{"image_id": "a.jpg", "caption": "x"}])
-    notes = []
-    found = evaluate_captions.read_captions(captions, references, False, notes)
-    assert [row["caption"] for row in found] == ["x", "x"]
-    assert notes == ["c.jsonl: captions of a photograph measured by the references of a topic: 2"]
 
 
 @pytest.mark.parametrize(

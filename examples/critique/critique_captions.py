@@ -94,19 +94,16 @@ class Truth:
 # Clauses begin in lower case and hold one verb; nouns go into a list of faults; fixes are imperatives.
 PHRASES = json.loads(Path(__file__).with_name("critique_phrases.json").read_text(encoding="utf-8"))
 _COUNTS = ["five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen"]
+_STOPS = ["half a stop", "about one stop", "more than one stop", "about one and a half stops", "almost two stops",
+          "about two stops", "more than two stops"]  # fmt: skip
 _GOOD_DEPTH = "background_blurred"
 _PLACEMENT = ASPECT_FAULTS["placement"]
 _DRAWBACKS = frozenset(FAULTS) - {*_PLACEMENT[:3], _GOOD_DEPTH}
 
 
 def _stops(exposure_value: float) -> str:
-    for limit, words in ((0.8, "half a stop"), (1.2, "about one stop"), (1.4, "more than one stop")):
-        if exposure_value < limit:
-            return words
-    for limit, words in ((1.65, "about one and a half stops"), (1.9, "almost two stops"), (2.2, "about two stops")):
-        if exposure_value < limit:
-            return words
-    return "more than two stops"
+    limits = (0.8, 1.2, 1.4, 1.65, 1.9, 2.2)
+    return _STOPS[next((i for i, limit in enumerate(limits) if exposure_value < limit), -1)]
 
 
 def _fields(fault: str, strength: float, truth: Truth, rng: np.random.Generator) -> dict[str, str]:
@@ -116,13 +113,10 @@ def _fields(fault: str, strength: float, truth: Truth, rng: np.random.Generator)
     adj = (("slight", "faint", "mild"), ("clear", "distinct", "marked"), ("strong", "heavy", "severe"))[level]
     bit = (("a little", "a touch"), ("a good deal", "a fair bit"), ("a lot", "a great deal"))[level]
     some = (("a little", "a touch of"), ("some", "a fair amount of"), ("a lot of", "plenty of"))[level]
-    if fault == "tilted":
-        by = f"about {_COUNTS[int(np.clip(round(5 * strength), 5, 14)) - 5]} degrees"
-    else:
-        by = _stops(strength)
-    size = f"{truth.size} " if truth.size else ""
-    words = {"adv": _pick(adv, rng), "adj": _pick(adj, rng), "bit": _pick(bit, rng), "some": _pick(some, rng)}
-    return words | {"by": by, "size": size}
+    degrees = f"about {_COUNTS[int(np.clip(round(5 * strength), 5, 14)) - 5]} degrees"
+    by, size = degrees if fault == "tilted" else _stops(strength), f"{truth.size} " if truth.size else ""
+    chosen = {name: _pick(words, rng) for name, words in (("adv", adv), ("adj", adj), ("bit", bit), ("some", some))}
+    return chosen | {"by": by, "size": size}
 
 
 def _pick(options: tuple[str, ...], rng: np.random.Generator) -> str:
@@ -133,8 +127,12 @@ def _say(table: dict[str, tuple[str, ...]], fault: str, truth: Truth, rng: np.ra
     return _pick(table[fault], rng).format(**_fields(fault, truth.faults[fault], truth, rng))
 
 
+def _cap(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
 def _sentence(text: str) -> str:
-    return text[0].upper() + text[1:] + "."
+    return _cap(text) + "."
 
 
 def _join(parts: list[str], rng: np.random.Generator) -> str:
@@ -198,10 +196,6 @@ def compose_caption(truth: Truth, rng: np.random.Generator) -> str:
         return f"{praise} {_cap(_pick(PHRASES['but'], rng) + bad)} {fix}"
     plus = _pick(PHRASES["plus"], rng)
     return f"{_cap(bad)} {fix} {plus}{praise[0].lower() + praise[1:]}"
-
-
-def _cap(text: str) -> str:
-    return text[0].upper() + text[1:]
 
 
 def _good_sentences(good: list[str], rng: np.random.Generator) -> str:
