@@ -33,7 +33,7 @@ from typing import Any
 
 import jinja2
 import torch
-from common import write_captions
+from common import critique
 from PIL import ExifTags, Image, UnidentifiedImageError
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
@@ -166,23 +166,6 @@ def load_model(name: str, trust_remote_code: bool) -> tuple[Any, Any]:
     return model.eval().to(device), processor
 
 
-@torch.inference_mode()
-def critique(model: Any, processor: Any, images: list[Image.Image], max_new_tokens: int) -> list[dict[str, Any]]:
-    """Caption, score, aspects and heat map `(height, width)`, in 0..1 at the overlay's size, of each image."""
-    prompts = [processor.critique_prompt()] * len(images)
-    inputs = processor(images=images, text=prompts, padding=True, return_tensors="pt")
-    inputs = inputs.to(model.device, dtype=model.dtype)
-    captions, output = write_captions(model, processor, inputs, max_new_tokens=max_new_tokens)
-    sizes = [reduced(image, OVERLAY_SIDE).size[::-1] for image in images]
-    columns = {
-        "caption": captions,
-        "score": processor.post_process_scores(output),
-        "aspects": processor.post_process_aspects(output) or [{} for _ in images],
-        "heat": processor.post_process_saliency(output, target_sizes=sizes),
-    }
-    return [dict(zip(columns, row)) for row in zip(*columns.values(), strict=True)]
-
-
 # Results -------------------------------------------------------------------------------------------------------------
 
 
@@ -224,10 +207,6 @@ def as_card(record: dict[str, Any], photo: Photo, overlay: Image.Image, folder: 
     }
 
 
-def write_line(file: Any, record: dict[str, Any]) -> None:
-    file.write(json.dumps(record) + "\n")
-
-
 def write_gallery(path: Path, **context: Any) -> None:
     loader = jinja2.FileSystemLoader(HERE)
     environment = jinja2.Environment(
@@ -253,7 +232,7 @@ def caption_all(
 
         def report(failure: Failure):
             progress.write(f"{failure.path}: {failure.reason}", file=sys.stderr)
-            write_line(failed, {"path": str(failure.path), "reason": failure.reason})
+            failed.write(json.dumps({"path": str(failure.path), "reason": failure.reason}) + "\n")
 
         for failure in failures:
             report(failure)
@@ -263,12 +242,13 @@ def caption_all(
                 report(failure)
             photos = [item for item in batch if isinstance(item, Photo)]
             images = [photo.image for photo in photos]
-            answers = critique(model, processor, images, args.max_new_tokens) if photos else []
+            sizes = [reduced(image, OVERLAY_SIDE).size[::-1] for image in images]
+            answers = critique(model, processor, images, sizes, max_new_tokens=args.max_new_tokens) if photos else []
             for photo, answer in zip(photos, answers, strict=True):
                 overlay = processor.overlay_saliency(reduced(photo.image, OVERLAY_SIDE), answer["heat"])
                 overlay.save(args.out / "overlays" / names[photo.path], quality=85)
                 record = as_record(photo, answer, f"overlays/{names[photo.path]}")
-                write_line(captions, record)
+                captions.write(json.dumps(record) + "\n")
                 cards.append(as_card(record, photo, overlay, common))
             captions.flush()
             failed.flush()

@@ -35,6 +35,28 @@ def write_captions(model: Any, processor: Any, inputs: dict[str, Any], **options
     return [" ".join(text.split()) for text in texts], output
 
 
+@torch.inference_mode()
+def critique(
+    model: Any,
+    processor: Any,
+    images: list,
+    sizes: list[tuple[int, int]],
+    questions: list[str] | None = None,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Caption, score, aspects and heat map, in 0..1 at `(height, width)` of `sizes`, of each image by an ASE model."""
+    prompts = [processor.critique_prompt(one) for one in questions or ["critique"] * len(images)]
+    inputs = processor(images=images, text=prompts, padding=True, return_tensors="pt")
+    captions, output = write_captions(model, processor, inputs.to(model.device, dtype=model.dtype), **options)
+    columns = {
+        "caption": captions,
+        "score": processor.post_process_scores(output),
+        "aspects": processor.post_process_aspects(output) or [{} for _ in images],
+        "heat": processor.post_process_saliency(output, target_sizes=sizes),
+    }
+    return [dict(zip(columns, row)) for row in zip(*columns.values(), strict=True)]
+
+
 def set_gate_rate(optimizer: torch.optim.Optimizer, model: torch.nn.Module, rate: float):
     """Moves the gates to a group of their own, without decay: at the rate of the others they hardly open."""
     gates = [p for name, p in model.named_parameters() if re.search(r"\bfusions\..*gate$", name) and p.requires_grad]

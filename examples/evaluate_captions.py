@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from aic_data import PROMPTS, topic_question, without_suffix
+from common import critique
 from matplotlib.figure import Figure
 from metrics import (
     MAP_SIDE,
@@ -225,21 +225,24 @@ def make_captions(model: str, references: Rows, args: argparse.Namespace) -> Pat
         for start in tqdm(range(0, len(references), args.batch_size), desc=f"Captioning by {model}"):
             batch = references[start : start + args.batch_size]
             images = [read_photograph(path) for path in photos[start : start + args.batch_size]]
-            answers = [{"caption": text} for text in caption_batch(critic, images, batch, args)]
+            questions = [topic_question(row["aspect"]) if row.get("aspect") else args.prompt for row in batch]
             if critic.model.config.model_type == "ase":
+                sizes, options = [(MAP_SIDE, MAP_SIDE)] * len(images), {"max_new_tokens": args.max_new_tokens}
+                answers = critique(critic.model, critic.processor, images, sizes, questions, **options)
                 maps.mkdir(exist_ok=True)
-                for number, (answer, (score, heat)) in enumerate(zip(answers, judge_batch(critic, images)), start):
-                    np.save(maps / f"{number}.npy", heat)
-                    answer |= {"score": score, "saliency": f"{maps.name}/{number}.npy"}
+                for number, answer in enumerate(answers, start):
+                    np.save(maps / f"{number}.npy", answer.pop("heat").cpu().numpy())
+                    answer |= {"score": answer["score"]["mean"], "saliency": f"{maps.name}/{number}.npy"}
+            else:
+                answers = [{"caption": text} for text in caption_batch(critic, images, questions, args.max_new_tokens)]
             for row, answer in zip(batch, answers):
                 file.write(json.dumps({"image_id": row["image_id"], "aspect": row.get("aspect")} | answer) + "\n")
     return path
 
 
-def caption_batch(critic, images: list[Image.Image], rows: Rows, args: argparse.Namespace) -> list[str]:
+def caption_batch(critic, images: list[Image.Image], questions: list[str], max_new_tokens: int) -> list[str]:
     options = {"return_full_text": False, "batch_size": len(images)}
-    options["generate_kwargs"] = {"max_new_tokens": args.max_new_tokens, "do_sample": False}
-    questions = [topic_question(row["aspect"]) if row.get("aspect") else args.prompt for row in rows]
+    options["generate_kwargs"] = {"max_new_tokens": max_new_tokens, "do_sample": False}
     if critic.processor.chat_template is None:
         answers = critic(images=images, text=[f"{critic.processor.image_token}\n{q}\n" for q in questions], **options)
     else:
@@ -250,19 +253,6 @@ def caption_batch(critic, images: list[Image.Image], rows: Rows, args: argparse.
         answers = critic(text=[[{"role": "user", "content": content}] for content in contents], **options)
     texts = [(one[0] if isinstance(one, list) else one)["generated_text"] for one in answers]
     return [" ".join(text.split()) for text in texts]
-
-
-@torch.inference_mode()
-def judge_batch(critic, images: list[Image.Image]) -> list[tuple[float, np.ndarray]]:
-    """Score and saliency map of each photograph by an ASE model."""
-    processor, names = critic.processor, critic.processor.image_processor.model_input_names
-    texts = [processor.critique_prompt()] * len(images)
-    inputs = processor(images=images, text=texts, padding=True, return_tensors="pt")
-    inputs = inputs.to(critic.model.device, dtype=critic.model.dtype)
-    features = critic.model.get_image_features(**{name: inputs[name] for name in names if name in inputs})
-    heats = processor.post_process_saliency(features, [(MAP_SIDE, MAP_SIDE)] * len(images))
-    scores = processor.post_process_scores(features)
-    return [(score["mean"], heat.cpu().numpy()) for score, heat in zip(scores, heats)]
 
 
 # Evaluation ----------------------------------------------------------------------------------------------------------

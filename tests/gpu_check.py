@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 import transformers
 from benchmark import PROMPT_TOKENS, PUBLISHED
-from caption_photos import critique, load_model
+from caption_photos import load_model
+from common import critique
 from conftest import graft, open_gates, with_noise
 from families import FAMILIES, SIDE
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
@@ -243,9 +244,10 @@ def bundled_model_captions() -> str:
     """By what captions folders, so with scores and maps, and on the device that it chooses."""
     model, processor = load_model(str(EXAMPLES / "ase-mini"), trust_remote_code=False)
     photos = [read_photograph(file) for file in sorted((EXAMPLES / "photos").glob("*.jpg"))]
-    critique(model, processor, photos, max_new_tokens=2)
+    sizes = [photo.size[::-1] for photo in photos]
+    critique(model, processor, photos, sizes, max_new_tokens=2)
     start = time.perf_counter()
-    critique(model, processor, photos, max_new_tokens=160)
+    critique(model, processor, photos, sizes, max_new_tokens=160)
     return f"{len(photos) / (time.perf_counter() - start):.1f} photographs a second in one batch"
 
 

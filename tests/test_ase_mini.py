@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from common import critique
 from critique_captions import FAULTS
 from huggingface_hub import ModelCard
 from PIL import Image, ImageEnhance
@@ -15,20 +16,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 ROOT = Path(__file__).parents[1]
 BUNDLE = ROOT / "examples" / "ase-mini"
-
-
-@pytest.fixture(scope="module")
-def bundle():
-    return AutoModelForImageTextToText.from_pretrained(BUNDLE), AutoProcessor.from_pretrained(BUNDLE)
-
-
-def critique(bundle, images: list[Image.Image]) -> tuple[list[str], list[float]]:
-    model, processor = bundle
-    inputs = processor(images=images, text=[processor.critique_prompt()] * len(images), return_tensors="pt")
-    features = model.get_image_features(inputs.pop("pixel_values"))
-    tokens = model.generate(**inputs, mm_encoder_outputs={"image": features})
-    scores = [score["mean"] for score in processor.post_process_scores(features)]
-    return processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True), scores
 
 
 def test_folder_is_small_and_its_code_is_the_roots():
@@ -47,12 +34,12 @@ def test_card_is_hub_metadata_with_measured_figures():
     assert "| exposure |" in card.text
 
 
-def test_faults_are_named_and_lower_the_score(bundle):
+def test_faults_are_named_and_lower_the_score():
+    model, processor = AutoModelForImageTextToText.from_pretrained(BUNDLE), AutoProcessor.from_pretrained(BUNDLE)
     photo = Image.open(ROOT / "examples" / "photos" / "hedgehog.jpg").convert("RGB")
-    captions, scores = critique(bundle, [photo, ImageEnhance.Brightness(photo).enhance(0.35)])
-    assert "underexposed" in captions[1]
-    assert "underexposed" not in captions[0]
-    assert scores[1] < scores[0] - 0.5
+    plain, dark = critique(model, processor, [photo, ImageEnhance.Brightness(photo).enhance(0.35)], [(8, 8)] * 2)
+    assert "underexposed" in dark["caption"] and "underexposed" not in plain["caption"]
+    assert dark["score"]["mean"] < plain["score"]["mean"] - 0.5
 
 
 def test_training_and_evaluation_run_small(tmp_path, monkeypatch, critique_sources):

@@ -179,8 +179,8 @@ def test_page(captioned):
 def test_captions_are_escaped(captioned, monkeypatch, tmp_path):
     critique, caption = caption_photos.critique, '</p><script>alert("x")</script> {{ 1 }} & more'
 
-    def hostile(*arguments):
-        return [{**answer, "caption": caption} for answer in critique(*arguments)]
+    def hostile(*arguments, **options):
+        return [{**answer, "caption": caption} for answer in critique(*arguments, **options)]
 
     monkeypatch.setattr(caption_photos, "critique", hostile)
     photo = captioned.folder / "day 1" / "same.jpg"
@@ -195,9 +195,10 @@ def test_batches_change_nothing(captioned):
     model, processor = caption_photos.load_model(str(captioned.checkpoint), trust_remote_code=False)
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8)).resize((64, 64))
     images = [picture(), ImageOps.invert(picture(160, 240)), noise]
-    together = caption_photos.critique(model, processor, images, 6)
-    for image, answer in zip(images, together):
-        alone = caption_photos.critique(model, processor, [image], 6)[0]
+    sizes = [image.size[::-1] for image in images]
+    together = caption_photos.critique(model, processor, images, sizes, max_new_tokens=6)
+    for image, size, answer in zip(images, sizes, together):
+        alone = caption_photos.critique(model, processor, [image], [size], max_new_tokens=6)[0]
         assert answer["caption"] == alone["caption"]
         assert answer["score"] == pytest.approx(alone["score"], abs=1e-4)
         torch.testing.assert_close(answer["heat"], alone["heat"], atol=1e-4, rtol=0)

@@ -26,7 +26,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common import words, write_between, write_captions
+from common import critique, words, write_between
 from metrics import caption_scores, cc, nss
 
 import ase_mllm  # noqa: F401  (registers the Auto classes)
@@ -38,27 +38,22 @@ APART = ("level", "placement")  # reported beside the macro average, not in it
 PROTOCOL = "all five references; lower-case words, no punctuation; pycocoevalcap"
 
 
-@torch.inference_mode()
 def caption_set(model, processor, rows, batch_size: int) -> dict[str, list]:
     """Captions, scores, maps and truths of all rows."""
-    found = {
-        name: [] for name in ("caption", "references", "labels", "composite", "score", "true_score", "map", "mask")
-    }
+    answers, truths = [], [rows[index] for index in range(len(rows))]
     for start in tqdm(range(0, len(rows), batch_size)):
-        batch = [rows[index] for index in range(start, min(start + batch_size, len(rows)))]
-        images, prompts = [row["image"] for row in batch], [processor.critique_prompt()] * len(batch)
-        inputs = processor(images=images, text=prompts, padding=True, return_tensors="pt")
-        captions, output = write_captions(model, processor, inputs)
-        found["caption"] += captions
-        found["score"] += [score["mean"] for score in processor.post_process_scores(output)]
-        found["map"] += [heat.numpy() for heat in processor.post_process_saliency(output, [(32, 32)] * len(batch))]
-        for row in batch:
-            found["references"].append(row["references"])
-            found["labels"].append(dict(zip(FAULTS, row["aspect_labels"])))
-            found["composite"].append(row["composite"])
-            found["true_score"].append(float(np.dot(row["score"], np.arange(1, 11))))
-            found["mask"].append(np.asarray(row["saliency"], dtype=np.float32))
-    return found
+        images = [row["image"] for row in truths[start : start + batch_size]]
+        answers += critique(model, processor, images, [(32, 32)] * len(images))
+    return {
+        "caption": [answer["caption"] for answer in answers],
+        "score": [answer["score"]["mean"] for answer in answers],
+        "map": [answer["heat"].numpy() for answer in answers],
+        "references": [row["references"] for row in truths],
+        "labels": [dict(zip(FAULTS, row["aspect_labels"])) for row in truths],
+        "composite": [row["composite"] for row in truths],
+        "true_score": [float(np.dot(row["score"], np.arange(1, 11))) for row in truths],
+        "mask": [row["saliency"] for row in truths],
+    }
 
 
 def fault_rates(captions: list[str], labels: list[dict[str, float]]) -> dict[str, tuple[float, float, int]]:
