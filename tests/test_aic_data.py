@@ -332,16 +332,15 @@ def test_a_hub_data_set(tmp_path):
 
 
 @pytest.mark.parametrize("split", ["test", "validation"])
-@pytest.mark.parametrize("streaming", [False, True])
-def test_photographs_of_train_and_test_are_refused(tmp_path, split, streaming):
+def test_photographs_of_train_and_test_are_refused(tmp_path, split):
     for name in ("train", split):
         _pictures(tmp_path / name, "a.jpg", f"{name}.jpg")
         _write(tmp_path / name / "metadata.jsonl", _lines({"file_name": "a.jpg", "caption": "x"}))
     with pytest.raises(ValueError, match=rf"1 photographs of {split} are in train as well: a\."):
-        aic_data.load(tmp_path, streaming=streaming)
+        aic_data.load(tmp_path)
     row = {"file_name": f"{split}.jpg", "caption": "x"}
     _write(tmp_path / split / "metadata.jsonl", _lines(row, {"file_name": "a.jpg", "caption": "x", "image_id": "a2"}))
-    splits, _ = aic_data.load(tmp_path, streaming=streaming)
+    splits, _ = aic_data.load(tmp_path)
     assert [row["image_id"] for row in splits[split]] == [split, "a2"]
 
 

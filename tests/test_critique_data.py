@@ -7,6 +7,7 @@ import critique_data
 import critique_pictures
 import numpy as np
 import pytest
+from common import words
 from conftest import landscape
 from critique_captions import ASPECT_FAULTS, FAULTS, Truth, compose_caption, named_faults, plain_caption
 from critique_data import make_sample
@@ -62,7 +63,7 @@ def test_a_caption_names_exactly_the_faults_that_are_there():
         )
         caption = compose_caption(truth, rng)
         assert named_faults(caption) == set(faults), caption
-        vocabulary.update(caption.lower().replace(",", " ").replace(".", " ").split())
+        vocabulary.update(words(caption))
     assert len(vocabulary) < 700
 
 
@@ -72,7 +73,7 @@ def test_labels_agree_with_every_reference(samples):
         assert len(set(sample["references"])) == 5
         captions = *sample["references"], plain_caption(sample["aspect_labels"])
         assert all(named_faults(text) == _present(sample) for text in captions)
-        assert all(10 <= len(text.split()) <= critique_data.MAX_WORDS for text in sample["references"])
+        assert all(10 <= len(words(text)) <= critique_data.MAX_WORDS for text in sample["references"])
         assert set(sample["strengths"]) == _present(sample)
 
 

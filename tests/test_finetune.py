@@ -16,12 +16,12 @@ import finetune
 import numpy as np
 import pytest
 import torch
-from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
-from conftest import WORDS, graft, is_added, tiny_base, tiny_processor
+from common import critique
+from conftest import PEFT_ASKS, WORDS, graft, is_added, tiny_base, tiny_processor
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
@@ -36,8 +36,6 @@ from ase_mllm import ASEForConditionalGeneration, ASEProcessor
 
 ROOT = Path(__file__).parents[1]
 CAPTIONS = ["good , blurred .", "wrong , good .", "underexposed , what .", "what is good ?", "blurred , wrong ."]
-# PEFT 0.21 still reads the property by its old name
-PEFT_ASKS = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 
 
 # Processes -----------------------------------------------------------------------------------------------------------
@@ -468,11 +466,9 @@ def check_critiques(out: Path, images: Path, step: int):
     lines = captions(out, step)
     assert [line["aspect"] for line in lines] == ["general_impression", "focus"] * 2
     for line in lines:
-        photo = Image.open(images / f"{line['image_id']}.jpg")
-        prompt = aic_data.topic_prompt(processor, line["aspect"])
-        inputs = processor(images=photo, text=prompt, return_tensors="pt")
-        tokens = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-        assert line["caption"] and line["caption"] == processor.decode(tokens, skip_special_tokens=True).strip()
+        photo, question = Image.open(images / f"{line['image_id']}.jpg"), aic_data.topic_question(line["aspect"])
+        (answer,) = critique(model, processor, [photo], [(8, 8)], [question], max_new_tokens=4)
+        assert line["caption"] and line["caption"] == answer["caption"]
 
 
 # Two processes -------------------------------------------------------------------------------------------------------
@@ -543,10 +539,3 @@ def test_the_result_of_zero3_is_loaded_whole(checkpoint, photographs, tmp_path, 
     monkeypatch.setattr(finetune.CritiqueTrainer, "train", train_with_zero3)
     run(checkpoint, photographs, tmp_path / "out", max_steps=1)
     assert not is_deepspeed_zero3_enabled()
-
-
-def test_settings_for_deepspeed_are_those_that_accelerate_knows():
-    path = ROOT / "examples" / "accelerate" / "deepspeed_zero3.yaml"
-    config = load_config_from_file(str(path))
-    assert config.distributed_type == DistributedType.DEEPSPEED
-    assert config.deepspeed_config["zero_stage"] == 3 and config.deepspeed_config["zero3_save_16bit_model"]

@@ -44,7 +44,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Dataset
-from train_ase_mini import IMAGE_SIZE, SaliencyCollator, make_optimizer
+from train_ase_mini import IMAGE_SIZE, WEIGHTS, SaliencyCollator, iasm_config, make_optimizer
 from transformers import LlavaForConditionalGeneration, PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 
@@ -53,13 +53,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import write_between, write_captions
 from metrics import caption_scores
 
-from ase_mllm import ASEDataCollator, ASEForConditionalGeneration, ASEProcessor, IASMConfig
+from ase_mllm import ASEDataCollator, ASEForConditionalGeneration, ASEProcessor
 from ase_mllm.modeling_iasm import aspect_loss, saliency_losses, score_loss
 
 
 BUNDLE = Path(__file__).parents[1] / "ase-mini"
 SALIENCY_SIZE = 128  # pixels that the new saliency branch sees; the base sees 192
-WEIGHTS = {"score_loss_weight": 5.0, "aspect_loss_weight": 3.0, "saliency_loss_weight": 1.0}
 MAIN_ARMS = ("base", "control", "ase")
 ABLATIONS = ("fusion-first", "fusion-middle", "fusion-last", "no-score-loss", "no-aspect-loss")
 ARMS = (*MAIN_ARMS, "base-longer", *ABLATIONS)
@@ -146,7 +145,6 @@ class Learner(nn.Module):
 
 
 def base_checksum() -> str:
-    """Of the file that holds the base: runs of different bases do not belong in one table."""
     return hashlib.sha256((BUNDLE / "model.safetensors").read_bytes()).hexdigest()
 
 
@@ -163,26 +161,18 @@ def graft(arm: str, base: LlavaForConditionalGeneration, processor: ASEProcessor
     """The base with the saliency branch of this arm; for the arms of the base as it is."""
     if arm in BASES:
         return base
-    iasm_config = IASMConfig(
-        backbone_config={
-            "model_type": "resnet",
-            "embedding_size": 24,
-            "hidden_sizes": [24, 48, 96, 128],
-            "depths": [1, 1, 1, 1],
-            "layer_type": "basic",
-            "out_features": ["stage1", "stage2", "stage3", "stage4"],
-        },
-        image_size=SALIENCY_SIZE,
-        image_mean=processor.image_processor.image_mean,
-        image_std=processor.image_processor.image_std,
-        hidden_size=128,
-        num_attention_heads=4,
-        aspect_names=list(FAULTS),
-        **{**WEIGHTS, **ADDED_LOSSES.get(arm, {})},
-    )
+    backbone = {
+        "model_type": "resnet",
+        "embedding_size": 24,
+        "hidden_sizes": [24, 48, 96, 128],
+        "depths": [1, 1, 1, 1],
+        "layer_type": "basic",
+        "out_features": ["stage1", "stage2", "stage3", "stage4"],
+    }
+    losses = WEIGHTS | ADDED_LOSSES.get(arm, {})
     return ASEForConditionalGeneration.from_mllm_pretrained(
         base,
-        iasm_config=iasm_config,
+        iasm_config=iasm_config(processor, backbone, image_size=SALIENCY_SIZE, **losses),
         fusion_layers=FUSION_LAYERS.get(arm, [0, 1, 2]),
         fusion_hidden_size=192,
         fusion_num_attention_heads=12,
@@ -381,15 +371,13 @@ def as_markdown(figures: Figures, settings: dict[str, Any]) -> str:
     lines += table("difference", [f"ase - {arm}" for arm in others], rows)
     rows = [(arm, [over_seeds(name, arm, "ase") for name in OF_ABLATIONS]) for arm in ablations]
     lines += table("ablation - ase", list(OF_ABLATIONS), rows)
-    return "\n".join([about(figures, seeds, settings), *lines])
+    return "\n".join([about(seeds, settings), *lines])
 
 
-def about(figures: Figures, seeds: list[int], settings: dict[str, Any]) -> str:
+def about(seeds: list[int], settings: dict[str, Any]) -> str:
     """What the figures of the tables are, and what was run for them."""
-    fewer = {arm: [seed for seed in seeds if (arm, seed) in figures] for arm, _ in figures}
-    fewer = "; ".join(f"{arm} {', '.join(map(str, own))}" for arm, own in fewer.items() if own != seeds)
     return (
-        f"Seeds {', '.join(map(str, seeds))}{f' ({fewer})' if fewer else ''}; {settings['warm_up']} + "
+        f"Seeds {', '.join(map(str, seeds))}; {settings['warm_up']} + "
         f"{settings['vision_samples']} + {settings['samples']} samples of {settings['pictures']} pictures; tested on "
         f"{settings['test_pictures']}. The base is the LLaVA in the weights of SHA-256 {settings['base'][:12]}. Balanced "
         "accuracy in points, mean ± standard deviation over seeds: `accuracy`, and each aspect, of what captions say, "
@@ -397,16 +385,6 @@ def about(figures: Figures, seeds: list[int], settings: dict[str, Any]) -> str:
         "`IASM` its own. CIDEr and BLEU-4 against one reference, the caption of the truth in the same fixed form. "
         "`gates`: mean size of their tanh."
     )
-
-
-def write_record(path: Path, table: str, figures: Figures, settings: dict[str, Any]) -> None:
-    """The table between the marks of `path`, and the figures of every run beside it."""
-    write_between(path, "<!-- benchmark: begin -->", "<!-- benchmark: end -->", table)
-    arms = {}
-    for (arm, seed), values in sorted(figures.items()):
-        arms.setdefault(arm, {})[seed] = values
-    record = json.dumps({"settings": settings, "arms": arms}, indent=1)
-    path.with_suffix(".json").write_text(record + "\n", encoding="utf-8")
 
 
 def check_settings(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, Any]:
@@ -424,9 +402,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument(
-        "--ablation-seeds", type=int, help="how many of the seeds the arms beside the main ones run on"
-    )
     parser.add_argument("--pictures", type=int, default=8000, help="different pictures to train on")
     parser.add_argument("--test-pictures", type=int, default=800)
     parser.add_argument("--warm-up", type=int, default=8000, help="samples that train the saliency branch alone")
@@ -437,16 +412,13 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--sources", type=Path, help="folder with the photographs and cut-outs")
     parser.add_argument("--work", type=Path, default=Path("runs/critique-benchmark"))
-    parser.add_argument(
-        "--record", type=Path, help="keep the table between the marks of this file, all runs beside it"
-    )
+    parser.add_argument("--record", type=Path, help="write the table between this file's marks, all runs beside it")
     args = parser.parse_args()
 
     # Data
     args.work.mkdir(parents=True, exist_ok=True)
     settings = check_settings(args, parser)
-    fewer = args.seeds[: args.ablation_seeds]
-    runs = [(arm, seed) for seed in args.seeds for arm in args.arms if arm in MAIN_ARMS or seed in fewer]
+    runs = [(arm, seed) for seed in args.seeds for arm in args.arms]
     for split, number in (("train", args.pictures), ("test", args.test_pictures)):
         if not (args.work / f"{split}.safetensors").exists():
             make_pictures(split, number, args.work, args.sources)
@@ -460,7 +432,10 @@ def main() -> None:
     print(table)
     (args.work / "table.md").write_text(table, encoding="utf-8")
     if args.record:
-        write_record(args.record, table, figures, settings)
+        write_between(args.record, "<!-- benchmark: begin -->", "<!-- benchmark: end -->", table)
+        arms = {arm: {seed: figures[arm, seed] for seed in args.seeds} for arm in args.arms}
+        record = json.dumps({"settings": settings, "arms": arms}, indent=1)
+        args.record.with_suffix(".json").write_text(record + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -26,48 +26,23 @@ ASPECT_FAULTS: dict[str, tuple[str, ...]] = {
 }
 FAULTS: tuple[str, ...] = tuple(fault for faults in ASPECT_FAULTS.values() for fault in faults)
 
+# Fields: {adv} slightly..badly, {adj} faint..strong, {bit} a little..a lot, {some} a little..a lot of, {by} an amount
+# of stops or degrees, {size} "small " or "".
+# Clauses begin in lower case and hold one verb; nouns go into a list of faults; fixes are imperatives.
+PHRASES = json.loads(Path(__file__).with_name("critique_phrases.json").read_text(encoding="utf-8"))
 # The two depth faults come first and are cut out of the text, so that their "blurred" and "out of focus" are not
 # read as a fault of sharpness. The subject's phrase names the background as well, so it goes before the background's.
-_DEPTH_PATTERNS = {
-    "subject_blurred": re.compile(
-        r"\bsubject\b(?:(?!\bsubject\b)[^.;]){0,40}?\b(?:out of focus|blurred)\b[^.;]{0,30}?\bbackground\b[^.;]{0,20}?"
-        r"\bsharp\b"
-        r"|\bbackground\b[^.;]{0,20}?\bsharp\b[^.;]{0,30}?\bsubject\b[^.;]{0,20}?\b(?:out of focus|blurred)\b"
-    ),
-    "background_blurred": re.compile(
-        r"\bbackground (?:\w+ ){0,3}?(?:blurred|out of focus)\b|\bblurred background\b|\bshallow depth of field\b"
-    ),
-}
-_PATTERNS = {
-    "underexposed": re.compile(r"\bunder-?expos(?:ed|ure)\b"),
-    "overexposed": re.compile(r"\bover-?expos(?:ed|ure)\b"),
-    "low_contrast": re.compile(r"\bflat\b|\blow[ -]contrast\b"),
-    "high_contrast": re.compile(r"\bharsh\b|\btoo contrasty\b"),
-    "cool_cast": re.compile(r"\b(?:cool|bluish) cast\b"),
-    "warm_cast": re.compile(r"\b(?:warm|orange) cast\b"),
-    "muted": re.compile(r"\bmuted\b|\bdesaturated\b"),
-    "oversaturated": re.compile(r"\boversaturated\b|\bgarish\b"),
-    "blurred": re.compile(r"\bblurred\b|\bout of focus\b|\bsoft\b"),
-    "noisy": re.compile(r"\bnoisy\b|\bgrainy\b"),
-    "tilted": re.compile(r"\btilted\b|\bslanted\b"),
-    "vignetting": re.compile(r"\bdark corners\b|\bvignetting\b"),
-    "subject_centred": re.compile(r"\bcent(?:red|ered)\b"),
-    "subject_left_third": re.compile(r"\bleft third\b"),
-    "subject_right_third": re.compile(r"\bright third\b"),
-    "subject_near_edge": re.compile(r"\bnear the edge\b|\bcropped\b"),
-}
+_PATTERNS = {fault: re.compile(pattern) for fault, pattern in PHRASES["patterns"].items()}
 
 
 def named_faults(text: str) -> set[str]:
     """The members of FAULTS that a text names, read by words alone: a negation is read as the fault it negates."""
     text = " ".join(text.lower().split())
     named = set()
-    for fault, pattern in _DEPTH_PATTERNS.items():
-        shorter = pattern.sub(" . ", text)
-        if shorter != text:
+    for fault, pattern in _PATTERNS.items():
+        if pattern.search(text):
             named.add(fault)
-            text = shorter
-    named.update(fault for fault, pattern in _PATTERNS.items() if pattern.search(text))
+            text = pattern.sub(" . ", text) if fault in ASPECT_FAULTS["depth"] else text
     return named
 
 
@@ -89,10 +64,6 @@ class Truth:
     size: str = ""
 
 
-# Fields: {adv} slightly..badly, {adj} faint..strong, {bit} a little..a lot, {some} a little..a lot of, {by} an amount
-# of stops or degrees, {size} "small " or "".
-# Clauses begin in lower case and hold one verb; nouns go into a list of faults; fixes are imperatives.
-PHRASES = json.loads(Path(__file__).with_name("critique_phrases.json").read_text(encoding="utf-8"))
 _COUNTS = ["five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen"]
 _STOPS = ["half a stop", "about one stop", "more than one stop", "about one and a half stops", "almost two stops",
           "about two stops", "more than two stops"]  # fmt: skip

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import io
 import math
+import sys
 import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,6 +43,11 @@ from critique_pictures import (
     to_code,
 )
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from common import words
 
 
 SCORES = 10
@@ -379,7 +385,8 @@ def _pasted(
     canvas, coverage, share = place_cutout(canvas, picture, faults, framing.degrees, rng)
     # What blurs the background for depth must not count as a want of detail.
     measures = replace(measure(canvas), detail=behind.detail, sharp_share=behind.sharp_share, floor=behind.floor)
-    return Scene(canvas, measures, _squashed(coverage), True, depth_known, name, share)
+    saliency = np.asarray(Image.fromarray(coverage).resize((MAP_SIZE, MAP_SIZE), Image.Resampling.BOX))
+    return Scene(canvas, measures, saliency, True, depth_known, name, share)
 
 
 def _draw_tilt(faults: dict[str, float], natural: bool, rng: np.random.Generator) -> float:
@@ -439,13 +446,9 @@ def _phrasings(truth: Truth, rng: np.random.Generator, count: int = 5) -> list[s
     tries = 0
     while len(texts) < count:
         text, tries = compose_caption(truth, rng), tries + 1
-        if text not in texts and (len(text.split()) <= MAX_WORDS or tries > 50):
+        if text not in texts and (len(words(text)) <= MAX_WORDS or tries > 50):
             texts.append(text)
     return texts
-
-
-def _squashed(coverage: np.ndarray) -> np.ndarray:
-    return np.asarray(Image.fromarray(coverage).resize((MAP_SIZE, MAP_SIZE), Image.Resampling.BOX))
 
 
 def _as_jpeg(image: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -493,16 +496,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--split", default="train", choices=("train", "test"))
     parser.add_argument("--num-samples", type=int, default=24)
-    parser.add_argument("--start", type=int, default=0, help="index of the first sample")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sources", type=Path, help="folder with photos/ and cutouts/")
     parser.add_argument("--out", type=Path, default=Path("contact_sheet.png"))
     args = parser.parse_args()
     sources = load_sources(args.split, args.sources)
-    samples = [make_sample(args.start + i, args.split, args.seed, sources) for i in range(args.num_samples)]
+    samples = [make_sample(i, args.split, args.seed, sources) for i in range(args.num_samples)]
     contact_sheet(samples).save(args.out)
-    pool = f"{len(sources.photos)} photographs and {len(sources.cutouts)} cut-outs"
-    print(f"{len(samples)} samples from {pool}: {args.out}")
 
 
 if __name__ == "__main__":

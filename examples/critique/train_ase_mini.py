@@ -50,6 +50,7 @@ IMAGE_SIZE, PATCH_SIZE = 192, 32
 STAGES = ("iasm", "language", "joint", "plain", "critique")
 SAMPLES = {"iasm": 64_000, "language": 16_000, "joint": 76_000, "plain": 16_000, "critique": 32_000}
 LEARNING_RATES = {"iasm": 1.5e-3, "language": 1e-3, "joint": 1e-3, "plain": 8e-4, "critique": 3e-4}
+WEIGHTS = {"score_loss_weight": 5.0, "aspect_loss_weight": 3.0, "saliency_loss_weight": 1.0}
 OPTIONS = {"critique": {"strength": (1.0, 1.6), "composite_share": 0.6}}
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}{% for item in message['content'] %}"
@@ -92,6 +93,18 @@ def build_processor(captions: list[str]) -> ASEProcessor:
     return ASEProcessor(base, aspect_names=FAULTS)
 
 
+def iasm_config(processor: ASEProcessor, backbone: dict, **settings) -> IASMConfig:
+    return IASMConfig(
+        backbone_config=backbone,
+        image_mean=processor.image_processor.image_mean,
+        image_std=processor.image_processor.image_std,
+        hidden_size=128,
+        num_attention_heads=4,
+        aspect_names=list(FAULTS),
+        **settings,
+    )
+
+
 def build_model(processor: ASEProcessor) -> ASEForConditionalGeneration:
     """A small LLaVA with the saliency branch. Its gates start open: an untrained base has nothing to preserve."""
     tokenizer = processor.tokenizer
@@ -122,25 +135,15 @@ def build_model(processor: ASEProcessor) -> ASEForConditionalGeneration:
         vision_feature_layer=-1,
         tie_word_embeddings=True,
     )
-    iasm_config = IASMConfig(
-        backbone_config={
-            "model_type": "convnextv2",
-            "hidden_sizes": [24, 48, 96, 128],
-            "depths": [1, 1, 2, 1],
-            "out_features": ["stage1", "stage2", "stage3", "stage4"],
-        },
-        image_size=IMAGE_SIZE,
-        image_mean=processor.image_processor.image_mean,
-        image_std=processor.image_processor.image_std,
-        hidden_size=128,
-        num_attention_heads=4,
-        aspect_names=list(FAULTS),
-        score_loss_weight=5.0,
-        aspect_loss_weight=3.0,
-    )
+    backbone = {
+        "model_type": "convnextv2",
+        "hidden_sizes": [24, 48, 96, 128],
+        "depths": [1, 1, 2, 1],
+        "out_features": ["stage1", "stage2", "stage3", "stage4"],
+    }
     model = ASEForConditionalGeneration.from_mllm_pretrained(
         LlavaForConditionalGeneration(config),
-        iasm_config=iasm_config,
+        iasm_config=iasm_config(processor, backbone, image_size=IMAGE_SIZE, **WEIGHTS),
         fusion_layers=[0, 1, 2],
         fusion_hidden_size=192,
         fusion_num_attention_heads=12,
