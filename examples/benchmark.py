@@ -123,14 +123,12 @@ def make_pair(name: str, folder: Path, dtype: torch.dtype) -> None:
     """Saves the base and its graft as two checkpoints."""
     if name == "mini":
         graft = ASEForConditionalGeneration.from_pretrained(EXAMPLES / "ase-mini", dtype=dtype)
-        base = graft.model.mllm
+        graft.model.mllm.save_pretrained(folder / "base")
     else:
         config = {"clip-l-336": real_encoder_config, "small": small_config}[name]()
         base = AutoModelForImageTextToText.from_config(config, dtype=dtype)
         base.generation_config.eos_token_id = None
-        graft = None
-    base.save_pretrained(folder / "base")
-    if graft is None:
+        base.save_pretrained(folder / "base")
         graft = ASEForConditionalGeneration.from_mllm_pretrained(base)
     graft.save_pretrained(folder / "graft")
 
@@ -146,11 +144,7 @@ def make_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def prefill(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> Callable[[], None]:
-    @torch.no_grad()
-    def run():
-        model(**inputs, logits_to_keep=1)
-
-    return run
+    return torch.no_grad()(lambda: model(**inputs, logits_to_keep=1))
 
 
 def decode(model: PreTrainedModel, inputs: dict[str, torch.Tensor], tokens: int = 8) -> Callable[[], None]:
@@ -163,11 +157,8 @@ def decode(model: PreTrainedModel, inputs: dict[str, torch.Tensor], tokens: int 
     @torch.no_grad()
     def run():
         for i in range(tokens):
-            model(
-                input_ids=torch.ones(1, 1, dtype=torch.long),
-                attention_mask=mask[:, : length + i + 1],
-                cache=cache,
-            )
+            ids, seen = torch.ones(1, 1, dtype=torch.long), mask[:, : length + i + 1]
+            model(input_ids=ids, attention_mask=seen, cache=cache)
         cache.crop(-tokens)
 
     return run

@@ -47,7 +47,6 @@ from PIL import Image, ImageDraw, ImageFont
 from transformers import AutoConfig, EarlyStoppingCallback, HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ase_mllm import ASEDataCollator, ASEForConditionalGeneration, ASEProcessor, read_photograph
 
@@ -95,7 +94,6 @@ def parse_arguments() -> tuple[ScriptArguments, TrainingArguments]:
         learning_rate=1e-4,
         lr_scheduler_type="cosine",
         num_train_epochs=10,
-        train_sampling_strategy="group_by_length",
         eval_strategy="epoch",
         save_strategy="epoch",
         save_total_limit=2,
@@ -154,18 +152,6 @@ def prepare_stage(model: ASEForConditionalGeneration, args: ScriptArguments) -> 
 # Training ------------------------------------------------------------------------------------------------------------
 
 
-class EpochLengthGroupedSampler(LengthGroupedSampler):
-    """Each epoch's order comes from the seed and the epoch alone, so a resumed run sees it again."""
-
-    def __init__(self, batch_size: int, lengths: list[int], seed: int):
-        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
-        self.seed = seed
-        self.set_epoch(0)
-
-    def set_epoch(self, epoch: int):
-        self.generator.manual_seed(self.seed + epoch)
-
-
 class CritiqueTrainer(Trainer):
     """
     With a learning rate for gates, loss terms by name in the log, and critiques of `photographs` at each evaluation.
@@ -183,12 +169,6 @@ class CritiqueTrainer(Trainer):
             rate = self.script_args.gate_lr_ratio * self.args.learning_rate
             set_gate_rate(optimizer, self.model if model is None else model, rate)
         return self.optimizer
-
-    def _get_train_sampler(self, *args) -> torch.utils.data.Sampler | None:
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(*args)
-        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return EpochLengthGroupedSampler(batch_size, list(self.train_dataset["length"]), self.args.seed)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)

@@ -36,6 +36,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 import torch
 import transformers
 import vllm
+from common import write_captions
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -63,15 +64,12 @@ def by_generate(model: Path, photos: list[Image.Image]) -> tuple[list[str], floa
     processor = AutoProcessor.from_pretrained(model, trust_remote_code=True)
     processor.tokenizer.padding_side = "left"
     critic = AutoModelForImageTextToText.from_pretrained(model, trust_remote_code=True, dtype=torch.float32).eval()
-    inputs = processor(
-        images=photos, text=[processor.critique_prompt()] * len(photos), padding=True, return_tensors="pt"
-    )
+    prompts = [processor.critique_prompt()] * len(photos)
+    inputs = processor(images=photos, text=prompts, padding=True, return_tensors="pt")
     critic.generate(**inputs, max_new_tokens=2)  # the first call warms up
     start = time.perf_counter()
-    ids = critic.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
-    seconds = time.perf_counter() - start
-    texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [text.strip() for text in texts], len(photos) / seconds
+    texts, _ = write_captions(critic, processor, inputs, max_new_tokens=MAX_NEW_TOKENS)
+    return texts, len(photos) / (time.perf_counter() - start)
 
 
 def by_vllm(model: Path, photos: list[Image.Image], compiled: bool) -> tuple[list[str], float]:
@@ -95,7 +93,7 @@ def by_vllm(model: Path, photos: list[Image.Image], compiled: bool) -> tuple[lis
     start = time.perf_counter()
     outputs = engine.generate(requests, options, use_tqdm=False)
     seconds = time.perf_counter() - start
-    return [output.outputs[0].text.strip() for output in outputs], len(photos) / seconds
+    return [" ".join(output.outputs[0].text.split()) for output in outputs], len(photos) / seconds
 
 
 def compare(model: Path, photos: list[Image.Image], folder: Path) -> dict[str, Any]:
@@ -138,12 +136,8 @@ def compare(model: Path, photos: list[Image.Image], folder: Path) -> dict[str, A
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", type=Path, default=HERE / "ase-mini", help="an ASE folder (default: the bundled one)"
-    )
-    parser.add_argument(
-        "--photos", type=Path, default=HERE / "photos", help="a folder of JPEGs (default: %(default)s)"
-    )
+    parser.add_argument("--model", type=Path, default=HERE / "ase-mini", help="an ASE folder (default: %(default)s)")
+    parser.add_argument("--photos", type=Path, default=HERE / "photos", help="JPEGs (default: %(default)s)")
     parser.add_argument("--record", type=Path, metavar="FILE", help="where to write the result as JSON")
     args = parser.parse_args()
     model = args.model.resolve()

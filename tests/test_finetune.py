@@ -234,18 +234,6 @@ def moved(before: dict[str, torch.Tensor], out: Path) -> set[str]:
 # Parts ---------------------------------------------------------------------------------------------------------------
 
 
-def test_batches_have_captions_of_like_length_in_an_order_of_the_epoch():
-    lengths = [1, 9] * 16
-    sampler = finetune.EpochLengthGroupedSampler(4, lengths, seed=3)
-    orders = []
-    for epoch in (0, 1, 0):
-        sampler.set_epoch(epoch)
-        orders.append(list(sampler))
-    assert orders[0] == orders[2] != orders[1] and sorted(orders[0]) == list(range(32))
-    batches = [{lengths[i] for i in orders[0][start : start + 4]} for start in range(0, 32, 4)]
-    assert sum(len(batch) == 1 for batch in batches) >= 4  # by chance alone, one in eight
-
-
 def test_critiques_are_compared_with_their_own_references():
     references = [["the light is soft", "soft light"], ["the horizon tilts"], ["sharp eyes , dull colours"]]
     perfect = finetune.caption_metrics([texts[0] for texts in references], references)

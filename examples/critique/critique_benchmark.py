@@ -39,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from critique_captions import ASPECT_FAULTS, FAULTS, named_faults, plain_caption
 from critique_data import critique_dataset, load_sources
-from evaluate_ase_mini import centre_bias, saliency_scores
+from evaluate_ase_mini import saliency_scores
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -300,7 +300,8 @@ def measure_maps(maps: list[torch.Tensor], truths: list[np.ndarray]) -> dict[str
     size = truths[0].shape
     resized = F.interpolate(torch.stack(maps).unsqueeze(1), size=size, mode="bilinear", align_corners=False)
     scores = saliency_scores([saliency[0].numpy() for saliency in resized], truths)
-    return {**scores, "centre bias AUC": centre_bias(truths, np.mean(truths, axis=0))["AUC"]}
+    centre = saliency_scores([np.mean(truths, axis=0)] * len(truths), truths)
+    return {**scores, "centre bias AUC": centre["AUC"]}
 
 
 # Table ---------------------------------------------------------------------------------------------------------------

