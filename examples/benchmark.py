@@ -36,6 +36,7 @@ PUBLISHED = {
     name: (shape["family"], shape["settings"], shape["image_size"], shape["image_tokens"])
     for name, shape in SHAPES.items()
 }
+DTYPES = {"mini": torch.float32, "clip-l-336": torch.bfloat16}
 PROMPT_TOKENS = 64
 MARKS = "<!-- benchmark: written by examples/benchmark.py -->", "<!-- end of benchmark -->"
 
@@ -107,26 +108,13 @@ def real_encoder_config() -> PreTrainedConfig:
     return AutoConfig.for_model("llava", text_config=text, image_token_index=151646, tie_word_embeddings=True)
 
 
-def small_config() -> PreTrainedConfig:
-    """For trying this script."""
-    vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2}
-    text = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return AutoConfig.for_model(
-        "llava",
-        vision_config={"model_type": "clip_vision_model", "image_size": 64, "patch_size": 8, **vision},
-        text_config={"model_type": "llama", "num_key_value_heads": 2, "vocab_size": 128, **text},
-        image_token_index=4,
-    )
-
-
 def make_pair(name: str, folder: Path, dtype: torch.dtype) -> None:
     """Saves the base and its graft as two checkpoints."""
     if name == "mini":
         graft = ASEForConditionalGeneration.from_pretrained(EXAMPLES / "ase-mini", dtype=dtype)
         graft.model.mllm.save_pretrained(folder / "base")
     else:
-        config = {"clip-l-336": real_encoder_config, "small": small_config}[name]()
-        base = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+        base = AutoModelForImageTextToText.from_config(real_encoder_config(), dtype=dtype)
         base.generation_config.eos_token_id = None
         base.save_pretrained(folder / "base")
         graft = ASEForConditionalGeneration.from_mllm_pretrained(base)
@@ -263,7 +251,7 @@ def render(timed: dict[str, dict], published: dict[str, dict], about: str) -> st
 
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="*", default=["mini", "clip-l-336"], help="of mini, clip-l-336, small")
+    parser.add_argument("--models", nargs="*", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--published", nargs="*", default=list(PUBLISHED), help="published shapes to count")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark"))
@@ -275,8 +263,7 @@ def main(argv: list[str] | None = None):
     torch.manual_seed(0)
     if args.peak:
         return print_peak_memory(*args.peak)
-    dtypes = {"mini": torch.float32, "clip-l-336": torch.bfloat16, "small": torch.float32}
-    timed = {f"{name}, {dtypes[name]}": measure(name, dtypes[name], args.repeats) for name in args.models}
+    timed = {f"{name}, {DTYPES[name]}": measure(name, DTYPES[name], args.repeats) for name in args.models}
     if timed:
         base = "from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration"
         imports = {"base": import_time(base), "graft": import_time(f"{base}; import ase_mllm")}

@@ -4,9 +4,10 @@ import json
 import sys
 from pathlib import Path
 
+import evaluate_ase_mini
 import numpy as np
 import pytest
-import torch
+import train_ase_mini
 from common import critique
 from critique_captions import FAULTS
 from huggingface_hub import ModelCard
@@ -43,9 +44,6 @@ def test_faults_are_named_and_lower_the_score():
 
 
 def test_training_and_evaluation_run_small(tmp_path, monkeypatch, critique_sources):
-    import evaluate_ase_mini
-    import train_ase_mini
-
     for script in (train_ase_mini, evaluate_ase_mini):
         monkeypatch.setattr(script, "load_sources", lambda split, folder: critique_sources[split])
     out, figures = tmp_path / "out", tmp_path / "figures.json"
@@ -66,25 +64,20 @@ def test_training_and_evaluation_run_small(tmp_path, monkeypatch, critique_sourc
 
 
 def test_fault_rates_against_hand_counts():
-    from evaluate_ase_mini import fault_rates
-
     absent = dict.fromkeys(FAULTS, 0.0)
     labels = [absent | {"noisy": 1.0}, absent | {"noisy": 1.0}, absent, absent | {"noisy": -1.0}]
-    recall, alarms, count = fault_rates(["The sky is grainy.", "A calm view.", "It is noisy.", "Noisy."], labels)[
-        "noise"
-    ]
+    recall, alarms, count = evaluate_ase_mini.fault_rates(
+        ["The sky is grainy.", "A calm view.", "It is noisy.", "Noisy."], labels
+    )["noise"]
     assert (recall, alarms, count) == (0.5, 1.0, 2)
 
 
 def test_saliency_scores_against_slow_definitions():
-    from evaluate_ase_mini import saliency_scores
-
     rng = np.random.default_rng(0)
     saliency, mask = rng.random((8, 8)), (rng.random((8, 8)) > 0.7).astype(np.float32)
     inside, outside = saliency[mask > 0.5], saliency[mask <= 0.5]
     area = np.mean([[1.0 if a > b else 0.5 if a == b else 0.0 for b in outside] for a in inside])
-    scores = saliency_scores([saliency], [mask])
+    scores = evaluate_ase_mini.saliency_scores([saliency], [mask])
     assert scores["AUC"] == pytest.approx(area)
     assert scores["NSS"] == pytest.approx(((saliency - saliency.mean()) / saliency.std())[mask > 0.5].mean(), rel=1e-5)
     assert scores["CC"] == pytest.approx(np.corrcoef(saliency.ravel(), mask.ravel())[0, 1])
-    assert torch.isfinite(torch.tensor(scores["NSS"]))

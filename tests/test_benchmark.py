@@ -4,12 +4,15 @@ import benchmark
 import pytest
 import torch
 from common import write_between
+from conftest import graft, tiny_base
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
-    benchmark.make_pair("small", folder, torch.float32)
+    base = tiny_base()
+    base.save_pretrained(folder / "base")
+    graft(base).save_pretrained(folder / "graft")
     return folder
 
 

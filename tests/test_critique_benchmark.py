@@ -129,12 +129,6 @@ def test_it_runs_small_and_does_not_run_twice(tmp_path, monkeypatch, critique_so
         benchmark.main()
     assert "other settings" in capsys.readouterr().err
 
-    monkeypatch.setattr(sys, "argv", command)
-    monkeypatch.setattr(benchmark, "base_checksum", lambda: "another")
-    with pytest.raises(SystemExit):
-        benchmark.main()
-    assert "other settings" in capsys.readouterr().err
-
 
 def test_differences_are_those_of_the_same_seed():
     def result(accuracy: float, saliency: bool) -> dict:
