@@ -1,7 +1,6 @@
 """Tiny models and inputs shared by the tests: no downloads, seconds on a CPU."""
 
 import copy
-import gc
 import json
 import os
 import sys
@@ -257,7 +256,6 @@ def assert_nothing_is_left(model: ASEForConditionalGeneration):
     with torch.no_grad():
         assert model(**make_inputs()).saliency_maps is not None
     hook.remove()
-    gc.collect()
     assert [reference() for reference in said] == [None]
 
 
