@@ -107,11 +107,16 @@ def added_part_waits_for_nothing(device: str) -> str:
     pixels = tiny_inputs("llava", device, torch.bfloat16)["pixel_values"]
     layer = inner.config.fusion_layers[0]
     hidden = torch.randn(len(pixels), 16, inner.fusions.hidden_size(layer), device=device, dtype=torch.bfloat16)
-    inner.fusions(layer, hidden, inner.iasm(pixels).saliency_tokens)
+    states = [hidden.transpose(1, 2).unflatten(2, (4, 4)) for _ in inner.config.iasm_config.encoder_layers]
+
+    def added_part():
+        inner.fusions(layer, hidden, inner.iasm(pixels, encoder_states=states).saliency_tokens)
+
+    added_part()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        inner.fusions(layer, hidden, inner.iasm(pixels).saliency_tokens)
+        added_part()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return "no synchronisation"
