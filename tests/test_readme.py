@@ -55,3 +55,8 @@ def test_links_and_pictures_exist():
     for readme in (ROOT / "README.md", ROOT / "examples" / "ase-mini" / "README.md"):
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", readme.read_text(encoding="utf-8")):
             assert (readme.parent / target).exists(), f"{readme}: {target}"
+
+
+def test_pre_commit_lints_by_the_pinned_version():
+    hooks, pins = (ROOT / ".pre-commit-config.yaml").read_text(), (ROOT / "tests" / "constraints.txt").read_text()
+    assert re.search(r"rev: v(\S+)", hooks)[1] == re.search(r"^ruff==(\S+)", pins, re.MULTILINE)[1]
