@@ -43,6 +43,7 @@ def test_faults_are_named_and_lower_the_score():
     assert dark["score"]["mean"] < plain["score"]["mean"] - 0.5
 
 
+@pytest.mark.slow
 def test_training_and_evaluation_run_small(tmp_path, monkeypatch, critique_sources):
     for script in (train_ase_mini, evaluate_ase_mini):
         monkeypatch.setattr(script, "load_sources", lambda split, folder: critique_sources[split])

@@ -23,6 +23,7 @@ def test_every_task_is_timed_for_base_and_graft(pair):
         assert row["base"] > 0 and row["graft"] > 0 and row["ratio"] > 0
 
 
+@pytest.mark.slow
 def test_the_peak_of_a_process_is_its_own(pair):
     ballast = torch.ones(400_000_000 // 4)  # the parent's memory must not count
     peak = benchmark.peak_memory(pair / "graft", "prefill")
@@ -38,6 +39,7 @@ def test_added_operations_and_parameters_are_counted():
     assert row["added_flops"] > 4 * 576 * 1024 * 256 * 2 * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", benchmark.PUBLISHED)
 def test_published_shapes_stay_under_two_percent(name):
     row = benchmark.count_published(*benchmark.PUBLISHED[name])

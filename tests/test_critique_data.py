@@ -67,6 +67,7 @@ def test_a_caption_names_exactly_the_faults_that_are_there():
     assert len(vocabulary) < 700
 
 
+@pytest.mark.slow
 def test_labels_agree_with_every_reference(samples):
     for sample in samples:
         assert sample["references"][0] == sample["caption"]

@@ -101,6 +101,7 @@ def test_best_keeps_the_largest_of_single_references():
     assert found["BLEU-1"] < measured("all")["BLEU-1"]
 
 
+@pytest.mark.slow
 @needs_java
 def test_meteor_is_the_librarys_and_survives_odd_captions():
     missing = {"SPICE": "not asked for"}

@@ -414,6 +414,7 @@ def pccd(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(PEFT_ASKS)
 def test_a_killed_run_goes_on_as_if_it_had_not_been(checkpoint, pccd, tmp_path, capsys):
     """
@@ -469,6 +470,7 @@ def one_process(checkpoint, photographs, tmp_path_factory) -> Path:
     return run(checkpoint, photographs, tmp_path_factory.mktemp("one"), **STEPS)
 
 
+@pytest.mark.slow
 def test_stage_all_trains_everything(one_process, checkpoint):
     before = ASEForConditionalGeneration.from_pretrained(checkpoint).state_dict()
     names = moved(before, one_process)
@@ -477,6 +479,7 @@ def test_stage_all_trains_everything(one_process, checkpoint):
     assert learning_rates(one_process) == [1e-2, 1e-2, 0.2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "drop"), [("ddp.yaml", drop_images), ("fsdp2.yaml", drop_scores)])
 def test_two_processes_train_as_one(config, drop, one_process, checkpoint, photographs, tmp_path):
     """For three steps. In the fourth one has a batch without images or scores, for which the other must not wait."""
