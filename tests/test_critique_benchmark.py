@@ -13,6 +13,9 @@ from PIL import Image
 from ase_mllm import ASEDataCollator, ASEForConditionalGeneration, ASEProcessor
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def processor():
     return ASEProcessor.from_pretrained(benchmark.BUNDLE)
@@ -34,7 +37,6 @@ def make_batch(processor, number: int = 2) -> dict[str, torch.Tensor]:
     return ASEDataCollator(processor)([row] * number)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", benchmark.ARMS)
 def test_every_arm_starts_as_the_base(name, processor):
     inputs = {key: value for key, value in make_batch(processor).items() if not key.endswith("targets")}
@@ -104,7 +106,6 @@ def test_a_head_names_one_fault_an_aspect_and_always_a_placement():
     assert benchmark.decide(list(logits.values())) == {"overexposed", "subject_left_third"}
 
 
-@pytest.mark.slow
 def test_it_runs_small_and_does_not_run_twice(tmp_path, monkeypatch, critique_sources, capsys):
     monkeypatch.setattr(benchmark, "load_sources", lambda split, directory: critique_sources[split])
     log = tmp_path / "log.md"

@@ -14,6 +14,9 @@ from critique_data import make_sample
 from PIL import Image, ImageFilter
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def samples(critique_sources) -> list[dict]:
     return [make_sample(index, "train", 0, critique_sources["train"]) for index in range(140)]
@@ -67,7 +70,6 @@ def test_a_caption_names_exactly_the_faults_that_are_there():
     assert len(vocabulary) < 700
 
 
-@pytest.mark.slow
 def test_labels_agree_with_every_reference(samples):
     for sample in samples:
         assert sample["references"][0] == sample["caption"]

@@ -158,6 +158,7 @@ def test_sft_trains_the_base_and_ours_by_the_same_lines(form, tmp_path):
     assert runs["ours"][2] != runs["base"][2]  # and open after it
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(TRL_SETS, PEFT_ASKS)
 def test_sft_trains_an_adapter_and_the_added_modules(tmp_path):
     model = seeded_graft()
@@ -182,6 +183,7 @@ def test_sft_drops_columns_that_its_collator_does_not_know(tmp_path):
     assert set(batch) == {"input_ids", "attention_mask", "pixel_values", "labels"}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(TRL_SETS)
 def test_sft_computes_its_own_loss_and_is_told_what_it_leaves_out(tmp_path):
     """It multiplies the body's hidden states by the head itself, so the saliency terms would vanish silently."""
@@ -345,6 +347,7 @@ DEVICE_MAPS = {
 SAVES_OFFLOADED = "ignore:Attempting to save a model with offloaded modules:UserWarning"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(SAVES_OFFLOADED)
 @pytest.mark.parametrize("device_map", DEVICE_MAPS)
 def test_device_maps_change_no_output(device_map, tmp_path):

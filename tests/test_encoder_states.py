@@ -33,6 +33,7 @@ def states_read(model: ASEForConditionalGeneration, inputs: dict[str, torch.Tens
 # Places ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_states_are_read_where_the_picture_changes(family):
     """The picture is changed before the family's processor makes inputs of it, and the states move there."""

@@ -608,6 +608,7 @@ def photograph_references(folder: Path, **columns: Any) -> Path:
     return write(folder / "metadata.jsonl", rows)
 
 
+@pytest.mark.slow
 def test_ase_model_captions_now_with_score_and_map(tmp_path):
     references = photograph_references(tmp_path, fixations=[[0.4, 0.6]])
     bundle, out = ROOT / "examples" / "ase-mini", tmp_path / "out"

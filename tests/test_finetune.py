@@ -34,6 +34,7 @@ from transformers.trainer import DEFAULT_CALLBACKS
 from ase_mllm import ASEForConditionalGeneration, ASEProcessor
 
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 CAPTIONS = ["good , blurred .", "wrong , good .", "underexposed , what .", "what is good ?", "blurred , wrong ."]
 
@@ -414,7 +415,6 @@ def pccd(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings(PEFT_ASKS)
 def test_a_killed_run_goes_on_as_if_it_had_not_been(checkpoint, pccd, tmp_path, capsys):
     """
@@ -470,7 +470,6 @@ def one_process(checkpoint, photographs, tmp_path_factory) -> Path:
     return run(checkpoint, photographs, tmp_path_factory.mktemp("one"), **STEPS)
 
 
-@pytest.mark.slow
 def test_stage_all_trains_everything(one_process, checkpoint):
     before = ASEForConditionalGeneration.from_pretrained(checkpoint).state_dict()
     names = moved(before, one_process)
@@ -479,7 +478,6 @@ def test_stage_all_trains_everything(one_process, checkpoint):
     assert learning_rates(one_process) == [1e-2, 1e-2, 0.2]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("config", "drop"), [("ddp.yaml", drop_images), ("fsdp2.yaml", drop_scores)])
 def test_two_processes_train_as_one(config, drop, one_process, checkpoint, photographs, tmp_path):
     """For three steps. In the fourth one has a batch without images or scores, for which the other must not wait."""

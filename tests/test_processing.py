@@ -286,6 +286,7 @@ def test_labels_are_what_generation_has_to_write(processor, bos):
     assert set(batch) == {"input_ids", "attention_mask", "labels", "pixel_values"}
 
 
+@pytest.mark.slow
 def test_a_model_that_learned_the_labels_generates_the_caption(processor):
     """The claim itself: teacher-forced and generated tokens have the same context."""
     batch = ASEDataCollator(processor)([{"image": photo(), "caption": "good , wrong ."}])
