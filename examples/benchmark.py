@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from ase_mllm import ASEConfig, ASEForConditionalGeneration
+from ase_mllm.image_encoders import find_image_encoder
 
 
 EXAMPLES = Path(__file__).resolve().parent
@@ -56,17 +57,26 @@ def count_published(family: str, settings: dict, image_size: tuple[int, int], im
     Parameters and operations of prefilling one image and a short prompt, and what the graft adds to them.
 
     The base counts two operations a parameter and token, without attention's own: the share of what is added comes out
-    too large, not too small. The added modules are counted exactly.
+    too large, not too small. The added modules are counted exactly, reading one layer of every encoder (Qwen2.5-VL's is
+    not read where it is real: there less is added).
     """
     height, width = image_size
     config = AutoConfig.for_model(family, **settings)
     with torch.device("meta"):
-        model = ASEForConditionalGeneration(ASEConfig(mllm_config=config)).requires_grad_(False).model
-        vision = model.vision_tower
-        patches = height * width // patch_side(vision.config) ** 2
-        pixels = torch.empty(1, 3, height, width)
-        added = count(model.iasm, pixels)
-        tokens = model.iasm(pixels).saliency_tokens
+        base = AutoModelForImageTextToText.from_config(config)
+        encoder = find_image_encoder(base)
+        layer = (encoder.last_layer + 1) // 2 - 1  # nothing can be probed where there are no numbers
+        iasm_config = {"encoder_layers": [layer], "encoder_hidden_sizes": [encoder.hidden_sizes[layer]]}
+        model = ASEForConditionalGeneration(ASEConfig(mllm_config=config, iasm_config=iasm_config), base)
+        model = model.requires_grad_(False).model
+        vision, side = model.vision_tower, patch_side(encoder.module.config)
+        patches = height * width // side**2
+        inputs = {
+            "pixel_values": torch.empty(1, 3, height, width),
+            "encoder_states": [torch.empty(1, encoder.hidden_sizes[layer], height // side, width // side)],
+        }
+        added = count(model.iasm, **inputs)
+        tokens = model.iasm(**inputs).saliency_tokens
         for layer in model.config.fusion_layers:
             added += count(model.fusions, layer, torch.empty(1, patches, model.fusions.hidden_size(layer)), tokens)
     text = parameters(model.get_decoder()) - parameters(model.get_input_embeddings())
