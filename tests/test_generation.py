@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import assert_nothing_is_left, graft, open_gates, with_noise
+from conftest import assert_no_call_is_under_way, assert_nothing_is_left, graft, open_gates, with_noise
 from families import BOS, FAMILIES, Family
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -459,7 +459,7 @@ def test_the_image_encoder_compiles_alone(model, fresh_compiler):
         result = model(**inputs)
     assert torch.equal(result.logits, expected.logits)
     assert torch.equal(result.saliency_maps, expected.saliency_maps)
-    assert_nothing_is_left(model)
+    assert_no_call_is_under_way(model)  # a graph may keep its last tensors
 
 
 @pytest.mark.slow
