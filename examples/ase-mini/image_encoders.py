@@ -271,7 +271,6 @@ def _read_tiled_images(
     return EncoderImages(_join_patches(tiles, [(rows, columns, 1) for rows, columns in layouts]))
 
 
-# What an encoder takes beside its pixels tells their form.
 @dataclass(frozen=True)
 class PixelFormat:
     """How an encoder gets pixels: what reads its arguments, and what makes them for one image, if that can be."""

@@ -76,14 +76,14 @@ PLACED = ("placement", "depth", "subject sharpness")  # what has a place in the 
 # Pictures ------------------------------------------------------------------------------------------------------------
 
 
-def make_pictures(split: str, number: int, folder: Path, sources: Path | None) -> None:
-    """Draws the pictures once, as every arm and every epoch sees them: `image` is uint8 `(n, 3, 192, 192)`."""
+def make_pictures(split: str, number: int, size: int, sources: Path | None) -> dict[str, torch.Tensor]:
+    """Samples as every arm and every epoch sees them: `image` is uint8 `(n, 3, size, size)`, squashed to a square."""
     columns = {"image": [], "aspect_labels": [], "score": [], "saliency": [], "composite": []}
     for row in critique_dataset(split, number, seed=0, sources=load_sources(split, sources)):
-        image = np.array(row["image"].resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))
+        image = np.array(row["image"].resize((size, size), Image.Resampling.BICUBIC))
         for name, values in columns.items():
             values.append(torch.from_numpy(image).permute(2, 0, 1) if name == "image" else torch.tensor(row[name]))
-    save_file({name: torch.stack(values) for name, values in columns.items()}, folder / f"{split}.safetensors")
+    return {name: torch.stack(values) for name, values in columns.items()}
 
 
 class Pictures(Dataset):
@@ -421,8 +421,8 @@ def main() -> None:
     settings = check_settings(args, parser)
     runs = [(arm, seed) for seed in args.seeds for arm in args.arms]
     for split, number in (("train", args.pictures), ("test", args.test_pictures)):
-        if not (args.work / f"{split}.safetensors").exists():
-            make_pictures(split, number, args.work, args.sources)
+        if not (path := args.work / f"{split}.safetensors").exists():
+            save_file(make_pictures(split, number, IMAGE_SIZE, args.sources), path)
 
     # Run
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:

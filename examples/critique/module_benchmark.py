@@ -27,14 +27,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from critique_benchmark import PLACED, accuracies, decide
+from critique_benchmark import PLACED, accuracies, decide, make_pictures
 from critique_captions import ASPECT_FAULTS, FAULTS
-from critique_data import critique_dataset, load_sources
 from evaluate_ase_mini import area_under_roc, saliency_scores
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
-from train_ase_mini import make_optimizer
+from train_ase_mini import WEIGHTS, make_optimizer
 from transformers import AutoConfig, AutoModel, set_seed
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -57,18 +55,7 @@ ARMS = {
     "layers-4-8": {"encoder_layers": [3, 7]},
     "layer-8-random": {"encoder_layers": [7]},
 }
-WEIGHTS = {"score_loss_weight": 5.0, "aspect_loss_weight": 3.0, "saliency_loss_weight": 1.0}
 FIGURES = ("map AUC", "map CC", "placement", "elsewhere", "score", "blurred subject", "parameters")
-
-
-def draw(split: str, number: int, sources: Path | None) -> dict[str, torch.Tensor]:
-    """Pictures uint8 `(n, 3, 224, 224)`, squashed to a square, and what is true of them."""
-    columns = {"image": [], "aspect_labels": [], "score": [], "saliency": [], "composite": []}
-    for row in critique_dataset(split, number, seed=0, sources=load_sources(split, sources)):
-        image = np.array(row["image"].resize((SIZE, SIZE), Image.Resampling.BICUBIC))
-        for name, values in columns.items():
-            values.append(torch.from_numpy(image).permute(2, 0, 1) if name == "image" else torch.tensor(row[name]))
-    return {name: torch.stack(values) for name, values in columns.items()}
 
 
 def normalised(images: torch.Tensor) -> torch.Tensor:
@@ -209,7 +196,7 @@ def main(argv: list[str] | None = None):
 
     splits = {"train": args.pictures, "test": args.test_pictures}
     data = {
-        split: kept(f"{split}-{number}", partial(draw, split, number, args.sources))
+        split: kept(f"{split}-{number}", partial(make_pictures, split, number, SIZE, args.sources))
         for split, number in splits.items()
     }
     results: dict[str, list[dict[str, Any]]] = {}
