@@ -37,7 +37,7 @@ PUBLISHED = {
     name: (shape["family"], shape["settings"], shape["image_size"], shape["image_tokens"])
     for name, shape in SHAPES.items()
 }
-DTYPES = {"mini": torch.float32, "clip-l-336": torch.bfloat16}
+DTYPES = {"mini": torch.float32, "vit-s-224": torch.float32, "clip-l-336": torch.bfloat16}
 PROMPT_TOKENS = 64
 MARKS = "<!-- benchmark: written by examples/benchmark.py -->", "<!-- end of benchmark -->"
 
@@ -103,19 +103,25 @@ def patch_side(config: PreTrainedConfig) -> int:
 # Timing --------------------------------------------------------------------------------------------------------------
 
 
-def real_encoder_config() -> PreTrainedConfig:
-    """LLaVA with CLIP ViT-L/14 at 336 pixels and a language model of Qwen2.5-0.5B's shape."""
-    text = {
-        "model_type": "qwen2",
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "vocab_size": 151936,
-        "tie_word_embeddings": True,
-    }
-    return AutoConfig.for_model("llava", text_config=text, image_token_index=151646, tie_word_embeddings=True)
+def llava_config(name: str) -> PreTrainedConfig:
+    """LLaVA with CLIP ViT-L/14 at 336 pixels and a text model of Qwen2.5-0.5B's shape; with ViT-S/14 at 224 and 50 M."""
+    if name == "clip-l-336":
+        vision, image_size = {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096}, 336
+        vision |= {"num_hidden_layers": 24, "num_attention_heads": 16, "projection_dim": 768}
+        text = {"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
+        text |= {"num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936}
+    else:
+        vision, image_size = {"model_type": "clip_vision_model", "hidden_size": 384, "intermediate_size": 1536}, 224
+        vision |= {"num_hidden_layers": 12, "num_attention_heads": 6}
+        text = {"model_type": "llama", "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8}
+        text |= {"num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 49152}
+    return AutoConfig.for_model(
+        "llava",
+        vision_config={**vision, "image_size": image_size, "patch_size": 14},
+        text_config={**text, "tie_word_embeddings": True},
+        image_token_index=text["vocab_size"] - 1,
+        tie_word_embeddings=True,
+    )
 
 
 def make_pair(name: str, folder: Path, dtype: torch.dtype) -> None:
@@ -124,7 +130,7 @@ def make_pair(name: str, folder: Path, dtype: torch.dtype) -> None:
         graft = ASEForConditionalGeneration.from_pretrained(EXAMPLES / "ase-mini", dtype=dtype)
         graft.model.mllm.save_pretrained(folder / "base")
     else:
-        base = AutoModelForImageTextToText.from_config(real_encoder_config(), dtype=dtype)
+        base = AutoModelForImageTextToText.from_config(llava_config(name), dtype=dtype)
         base.generation_config.eos_token_id = None
         base.save_pretrained(folder / "base")
         graft = ASEForConditionalGeneration.from_mllm_pretrained(base)

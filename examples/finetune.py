@@ -9,10 +9,11 @@ aic_data.py says what else is read: PCCD, AVA and others, CSV, Hub data sets, fu
 `validation`, `--validation_share` of the photographs is set aside for it; a split `test` is never looked at.
 
 Interrupted, even by kill -9, the same command goes on from the last whole checkpoint. Stages (`--stage`):
+    module  only the saliency module, without captions, on what the base's encoder gives once for every photograph
     added   only the saliency module and the cross-attentions; the base stays as it is
     lora    LoRA on the language model, the added modules in full (the default)
     all     everything
-With much data, `added` first and then `lora` from its result. The checkpoint with the least validation loss is kept;
+With much data, `module` and `added` first and then `lora` from the result. The checkpoint with the least validation loss is kept;
 from some hundred validation photographs on, choose by `--metric_for_best_model cider`: few of them give a CIDEr of 0.
 All options of `TrainingArguments` hold. Several GPUs or machines, with ddp.yaml, fsdp2.yaml or deepspeed_zero3.yaml:
     accelerate launch --config_file examples/accelerate/ddp.yaml --num_processes 8 examples/finetune.py \
@@ -42,6 +43,7 @@ from aic_data import Report, load, parse_columns, split_off_validation, topic_pr
 from common import set_gate_rate, words, write_captions
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from metrics import caption_scores, topic_coverage
+from module_stage import ModuleTrainer, train_module
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image, ImageDraw, ImageFont
 from transformers import AutoConfig, EarlyStoppingCallback, HfArgumentParser, Trainer, TrainingArguments, set_seed
@@ -70,7 +72,7 @@ class ScriptArguments:
     score_range: list[float] | None = field(default=None, metadata={"help": "Worst and best score, if not 1 10."})
     decode_images: bool = field(default=False, metadata={"help": "Decode all pictures first to find damaged ones."})
     validation_share: float = field(default=0.1, metadata={"help": "Of the photographs, where no split is given."})
-    stage: Literal["added", "lora", "all"] = field(default="lora", metadata={"help": "What is trained."})
+    stage: Literal["module", "added", "lora", "all"] = field(default="lora", metadata={"help": "What is trained."})
     dtype: str = field(default="float32", metadata={"help": "Of the base. The added modules train in float32."})
     fusion_layers: list[int] | None = field(default=None, metadata={"help": "Of a new graft: see `ASEConfig`."})
     aspect_names: list[str] | None = field(default=None, metadata={"help": "Of a new graft, for `aspect_labels`."})
@@ -296,10 +298,14 @@ def last_checkpoint(folder: str) -> str | None:
     return str(whole[max(whole)]) if whole else None
 
 
-def save_result(trainer: CritiqueTrainer, processor: ASEProcessor, report: Report):
+def save_result(trainer: CritiqueTrainer | ModuleTrainer, processor: ASEProcessor, report: Report):
     """The model as one folder that loads anywhere; an adapter is kept too, and merged into the base."""
     args, out = trainer.script_args, Path(trainer.args.output_dir)
-    trainer.save_model(str(out / "adapter" if args.stage == "lora" else out))
+    if args.stage == "module":
+        if trainer.is_world_process_zero():
+            trainer.whole.save_pretrained(out)
+    else:
+        trainer.save_model(str(out / "adapter" if args.stage == "lora" else out))
     trainer.accelerator.wait_for_everyone()
     if not trainer.is_world_process_zero():
         return
@@ -315,7 +321,7 @@ def save_result(trainer: CritiqueTrainer, processor: ASEProcessor, report: Repor
         HfApi().upload_folder(repo_id=args.push_to, folder_path=out, ignore_patterns=unwanted)
 
 
-def write_card(trainer: CritiqueTrainer, report: Report):
+def write_card(trainer: CritiqueTrainer | ModuleTrainer, report: Report):
     args, out, state = trainer.script_args, Path(trainer.args.output_dir), trainer.state
     evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
     best = [entry for entry in evaluations if entry["step"] == state.best_global_step] or evaluations[-1:]
@@ -377,6 +383,18 @@ def main():
             photographs = photographs.shuffle(training_args.seed).select(range(args.eval_photographs))
 
     # Run
+    shared = {
+        "processing_class": processor,
+        "callbacks": [EarlyStoppingCallback(args.patience)] if args.patience else None,
+    }
+    collator = ASEDataCollator(processor, args.max_length)
+    resumed = training_args.resume_from_checkpoint or last_checkpoint(training_args.output_dir)
+    if resumed and training_args.process_index == 0:
+        print(f"Goes on from {resumed}. For a new run name another --output_dir.")
+    if args.stage == "module":
+        kept = {"train_dataset": train_rows, "eval_dataset": validation_rows}
+        trainer = train_module(model, kept, collator, training_args, args, resumed, **shared)
+        return save_result(trainer, processor, report)
     trainer = CritiqueTrainer(
         model=model,
         args=training_args,
@@ -384,17 +402,13 @@ def main():
         train_dataset=train_rows,
         eval_dataset=validation_rows,
         photographs=photographs,
-        data_collator=ASEDataCollator(processor, args.max_length),
-        processing_class=processor,
-        callbacks=[EarlyStoppingCallback(args.patience)] if args.patience else None,
+        data_collator=collator,
+        **shared,
     )
     if trainer.is_fsdp_enabled:
         # a base also lists layers of parts that it was built without, and accelerate stops at the first such name
         names = {type(part).__name__ for part in model.modules()} & set(model._no_split_modules)
         trainer.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(names)
-    resumed = training_args.resume_from_checkpoint or last_checkpoint(training_args.output_dir)
-    if resumed and trainer.is_world_process_zero():
-        print(f"Goes on from {resumed}. For a new run name another --output_dir.")
     trainer.train(resume_from_checkpoint=resumed)
     save_result(trainer, processor, report)
 

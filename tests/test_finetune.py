@@ -13,6 +13,7 @@ from pathlib import Path
 
 import aic_data
 import finetune
+import module_stage
 import numpy as np
 import pytest
 import torch
@@ -24,14 +25,15 @@ from common import critique
 from conftest import PEFT_ASKS, WORDS, graft, is_added, tiny_base, tiny_processor
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.utils import filter_repo_objects
+from module_stage import collate as collate_inputs
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import LlavaForConditionalGeneration, TrainerCallback
+from transformers import LlavaForConditionalGeneration, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, set_hf_deepspeed_config
 from transformers.modeling_outputs import ModelOutput
 from transformers.trainer import DEFAULT_CALLBACKS
 
-from ase_mllm import ASEForConditionalGeneration, ASEProcessor
+from ase_mllm import ASEDataCollator, ASEForConditionalGeneration, ASEProcessor
 
 
 pytestmark = pytest.mark.slow
@@ -528,3 +530,65 @@ def test_the_result_of_zero3_is_loaded_whole(checkpoint, photographs, tmp_path, 
     monkeypatch.setattr(finetune.CritiqueTrainer, "train", train_with_zero3)
     run(checkpoint, photographs, tmp_path / "out", max_steps=1)
     assert not is_deepspeed_zero3_enabled()
+
+
+# Stage module --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rated(tmp_path_factory) -> Path:
+    """Photographs of two sizes with scores, maps and labels for some; one has two captions."""
+    folder = tmp_path_factory.mktemp("rated")
+    for split, numbers in (("train", range(6)), ("validation", range(6, 9))):
+        rows = [
+            {
+                "file_name": f"{i}.png",
+                "captions": CAPTIONS[: 1 + (i == 0)],
+                "score": 1.0 + i,
+                **({"saliency": np.eye(4).tolist()} if i % 2 else {}),
+            }
+            for i in numbers
+        ]
+        write_photographs(folder / split, rows)
+    return folder
+
+
+def test_stage_module_trains_the_module_alone_as_its_encoder_would_feed_it(checkpoint, rated, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(module_stage, "collate", lambda rows: seen.append(len(rows)) or collate_inputs(rows))
+    out = run(checkpoint, rated, tmp_path / "out", stage="module", num_train_epochs=2, per_device_train_batch_size=3)
+    assert sum(seen) == 2 * 6 + 2 * 3  # once a photograph, not once a caption
+    assert not (out / "inputs").exists()
+    before = ASEForConditionalGeneration.from_pretrained(checkpoint).state_dict()
+    model = ASEForConditionalGeneration.from_pretrained(out)
+    assert model.config.iasm_config.encoder_layers
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert all(name.startswith("model.iasm.") for name in moved)
+    assert {
+        "model.iasm.map_head.0.weight",
+        "model.iasm.score_head.weight",
+        "model.iasm.encoder_norms.0.weight",
+    } <= moved
+    assert ASEProcessor.from_pretrained(out) and ModelCard.load(out / "README.md").data.eval_results
+
+
+def test_kept_inputs_train_as_the_whole_model_does(base, rated, tmp_path):
+    """The loss of the kept batch is that of the whole model, up to half precision."""
+    model, processor = (
+        ASEForConditionalGeneration.from_mllm_pretrained(base).eval(),
+        ASEProcessor.from_pretrained(base),
+    )
+    splits, _ = aic_data.load(str(rated))
+    rows = module_stage.first_rows(aic_data.training_rows(splits["train"], processor))
+    args = TrainingArguments(output_dir=str(tmp_path), per_device_eval_batch_size=4, use_cpu=True, report_to="none")
+    collator = ASEDataCollator(processor)
+    module_stage.keep_inputs(model, rows, collator, args, tmp_path / "kept")
+    kept = module_stage.KeptInputs(tmp_path / "kept")
+    assert len(kept) == len(rows) == 6
+    batch = module_stage.collate([kept[i] for i in range(6)])
+    assert batch["encoder_states"][0].shape[0] == 6 and batch["encoder_states"][0].ndim == 4
+    with torch.no_grad():
+        whole = model(**collator([rows[i] for i in range(6)]))
+        alone = model.model.iasm(**batch)
+    for name in ("score_loss", "saliency_loss"):
+        torch.testing.assert_close(alone[name], whole[name], rtol=2e-3, atol=1e-4)

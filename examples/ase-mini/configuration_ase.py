@@ -96,14 +96,14 @@ class IASMConfig(_SavedWithCode):
     encoder_prefix_length: int = interval(min=0)(default=0)
     train_encoder: bool = True
     backbone_config: dict | PreTrainedConfig | None = None
-    image_size: int = 256
+    image_size: int = 192
     # whole numbers too: published processors have [0, 0, 0] and [1, 1, 1]
     image_mean: float | int | list[float | int] | tuple[float | int, ...] = tuple(OPENAI_CLIP_MEAN)
     image_std: float | int | list[float | int] | tuple[float | int, ...] = tuple(OPENAI_CLIP_STD)
-    hidden_size: int = interval(min=4)(default=192)
+    hidden_size: int = interval(min=4)(default=128)
     num_queries: int = interval(min=1)(default=8)
     num_hidden_layers: int = interval(min=1)(default=2)
-    num_attention_heads: int = interval(min=1)(default=6)
+    num_attention_heads: int = interval(min=1)(default=4)
     num_aspects: int = interval(min=0)(default=0)
     aspect_names: list[str] | tuple[str, ...] | None = None
     score_loss_weight: float | int = interval(min=0, exclude_max=True)(default=1.0)

@@ -62,10 +62,12 @@ class EncoderContext:
 
 
 class SaliencyRecorder:
-    """Keeps what the IASM of `model` says in this thread while its `with` block runs."""
+    """Keeps what the IASM of `model` says in this thread while its `with` block runs, and on demand what it was given."""
 
-    def __init__(self, model: "ASEModel"):
+    def __init__(self, model: "ASEModel", keep_inputs: bool = False):
         self.model = model
+        self.keep_inputs = keep_inputs
+        self.inputs = []
         self.outputs = []
 
     def __enter__(self) -> "SaliencyRecorder":
@@ -155,6 +157,8 @@ class ASEModel(ASEPreTrainedModel):
         for recorder in getattr(_active, "recorders", ()):
             if recorder.model is self:  # and not the assistant that writes a draft meanwhile
                 recorder.outputs.append(context.saliency)
+                if recorder.keep_inputs:
+                    recorder.inputs.append((context.images.pixels, context.states))
 
     def _end_encoder_call(self, encoder: nn.Module, args: tuple, output: Any):
         context = getattr(_active, "encoder_context", None)
@@ -232,6 +236,25 @@ class ASEModel(ASEPreTrainedModel):
                 pixel_values=pixel_values, **{**kwargs, "return_dict": True}
             )
         return _add_fields(features, recorder.saliency())
+
+    @torch.no_grad()
+    def get_iasm_inputs(
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> list[dict[str, torch.Tensor | list[torch.Tensor]]]:
+        """
+        What the saliency module is given of each image, to keep and to train the module alone on.
+
+        Arguments as of `get_image_features`. Of `n` images, `n` dictionaries: `pixel_values` `(3, h, w)` and
+        `encoder_states`, one `(width, rows, columns)` for each of `config.iasm_config.encoder_layers`. The module takes
+        lists of such images.
+        """
+        with SaliencyRecorder(self, keep_inputs=True) as recorder:
+            self.mllm.base_model.get_image_features(pixel_values=pixel_values, **{**kwargs, "return_dict": True})
+        return [
+            {"pixel_values": image, "encoder_states": list(states)}
+            for pixels, layers in recorder.inputs
+            for image, *states in zip(pixels, *layers, strict=True)
+        ]
 
     @can_return_tuple
     def forward(

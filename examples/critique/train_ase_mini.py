@@ -186,13 +186,14 @@ class PlainCollator(ASEDataCollator):
 
 
 def make_optimizer(
-    model: torch.nn.Module, learning_rate: float, gates: float = 20.0, iasm: float = 0.1
+    model: torch.nn.Module, learning_rate: float, gates: float = 20.0, iasm: float = 0.1, encoder: float = 1.0
 ) -> torch.optim.Optimizer:
-    """AdamW without decay of vectors; gates, and a saliency module that is trained already, at so many times the rate."""
+    """AdamW without decay of vectors; gates, a saliency module and an encoder that know already, at so many times the rate."""
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            key = iasm if ".iasm." in name else 1.0, 0.05 if parameter.ndim > 1 else 0.0
+            ratio = iasm if ".iasm." in name else encoder if ".vision_tower." in name else 1.0
+            key = ratio, 0.05 if parameter.ndim > 1 else 0.0
             groups.setdefault(key, []).append(parameter)
     groups = [
         {"params": group, "lr": learning_rate * ratio, "weight_decay": decay}
