@@ -316,6 +316,10 @@ def critique_sources(tmp_path_factory) -> dict:
         entries["cutouts"].append({"id": f"cutout-{number}", "split": split, "name": "A disc."})
         cutout(rng).save(folder / "cutouts" / f"cutout-{number}.png")
     (folder / "sources.json").write_text(json.dumps(entries))
+    masks = np.zeros((64, 16 * 64), np.uint8)  # both photographs with a subject: what their box covers
+    for left in (0, 64):
+        masks[round(0.3 * 64) : round(0.7 * 64), left + round(0.4 * 64) : left + round(0.6 * 64)] = 255
+    Image.fromarray(masks).save(folder / "critique_masks.png")
     return {split: critique_data.load_sources(split, folder, folder / "sources.json") for split in ("train", "test")}
 
 

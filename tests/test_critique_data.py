@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from pathlib import Path
 
 import critique_data
 import critique_pictures
@@ -155,12 +156,27 @@ def test_the_map_of_a_boxed_photograph_follows_the_crop(critique_sources):
         x, y = np.random.default_rng(0).uniform(0, 1, (2, 20))
         assert np.allclose(framing.to_canvas(*framing.to_photo(x, y)), (x, y), atol=1e-6)
         placement, seen = critique_pictures.box_placement(photo, framing)
-        saliency = critique_pictures.box_map(photo, framing)
+        saliency = critique_pictures.subject_map(photo, framing)
         if placement in critique_pictures.PLACES and seen > 0.98:
             middle = float(saliency.sum(0) @ (np.arange(32) + 0.5) / saliency.sum() / 32)
             assert middle == pytest.approx(critique_pictures.PLACES[placement], abs=0.08)
         known.add(placement)
     assert known >= set(critique_pictures.PLACES)
+
+
+def test_every_listed_subject_has_a_mask_in_its_box():
+    listing = Path(critique_pictures.__file__).with_name("critique_sources.json")
+    photos = json.loads(listing.read_text())["photos"]
+    masks = critique_pictures.read_masks(listing.with_name("critique_masks.png"), photos)
+    assert set(masks) == {photo["id"] for photo in photos if photo.get("subject")}
+    for photo in photos:
+        if box := photo.get("box"):
+            left, top, right, bottom = (round(64 * edge) for edge in box)
+            mask = masks[photo["id"]]
+            inside = mask[max(0, top - 4) : bottom + 4, max(0, left - 4) : right + 4].sum()
+            assert inside == pytest.approx(mask.sum()) and mask.max() > 0.9, photo["id"]
+    with pytest.raises(ValueError, match="focus_masks"):
+        critique_pictures.read_masks(listing.with_name("critique_masks.png"), photos * 2)
 
 
 def _figures(image: Image.Image) -> dict[str, float]:

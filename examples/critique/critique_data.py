@@ -26,12 +26,12 @@ from critique_pictures import (
     MAP_SIZE,
     MIDDLE_LUMA,
     PLACEMENTS,
+    SMALLEST_SUBJECT,
     TO_LINEAR,
     USUAL_SPREAD,
     Framing,
     LoadedSources,
     Photo,
-    box_map,
     box_placement,
     chroma_level,
     draw_framing,
@@ -39,6 +39,7 @@ from critique_pictures import (
     load_sources,
     place_cutout,
     smallest,
+    subject_map,
     to_bytes,
     to_code,
 )
@@ -362,8 +363,10 @@ def _plain(
     """A photograph as it is, with its own subject where that is known."""
     placement, saliency = "", np.zeros((MAP_SIZE, MAP_SIZE), np.float32)
     if photo.box is not None:
-        placement, seen = box_placement(photo, framing)
-        saliency = box_map(photo, framing) if seen > 0.55 else saliency
+        placement, _ = box_placement(photo, framing)
+    if photo.mask is not None:
+        covered = subject_map(photo, framing)
+        saliency = covered if covered.mean() > SMALLEST_SUBJECT / 2 else saliency
     if placement:
         faults[placement] = 1.0
     limit_drawbacks(faults, rng)

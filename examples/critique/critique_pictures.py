@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from critique_captions import ASPECT_FAULTS
 from PIL import Image, ImageFilter
+from scipy.ndimage import map_coordinates
 
 
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
@@ -20,6 +21,7 @@ TO_CODE = np.where(_LIGHT <= 0.0031308, _LIGHT * 12.92, 1.055 * _LIGHT ** (1 / 2
 
 
 MAP_SIZE = 32
+MASK_SIZE, MASK_COLUMNS = 64, 16  # of the grid that `focus_masks.py` writes
 PLACEMENTS = ASPECT_FAULTS["placement"]
 # The least area of a subject as a share of the picture's.
 SMALLEST_SUBJECT = 0.02
@@ -40,13 +42,15 @@ MIDDLE_LUMA, USUAL_SPREAD, USUAL_CHROMA = 0.46, 0.21, 0.17
 class Photo:
     """One photograph: `raw` as taken and `normal` with its light and colour brought to a common level (uint8 RGB).
 
-    `box` is the subject's box in the photograph, in fractions of its width and height, when it is known.
+    `box` is the subject's box in the photograph, in fractions of its width and height, when it is known, and `mask` what
+    it covers, `(MASK_SIZE, MASK_SIZE)` in 0..1, of a photograph with a subject.
     `luma` and `detail` are 1/8-size maps of brightness and of fine gradient, by which crops are chosen cheaply.
     """
 
     id: str
     subject: bool
     box: tuple[float, float, float, float] | None
+    mask: np.ndarray | None
     raw: Image.Image
     normal: Image.Image
     luma: np.ndarray
@@ -93,10 +97,11 @@ def _load_sources(split: str, directory: Path, listing: Path) -> LoadedSources:
             f"{directory} has no photos/: run `python examples/critique/critique_sources.py` first"
         )
     entries = json.loads(listing.read_text(encoding="utf-8"))
+    masks = read_masks(listing.with_name("critique_masks.png"), entries["photos"])
     sources = LoadedSources(directory, listing, split)
     for entry in entries["photos"]:
         if entry["split"] == split:
-            photo = _load_photo(entry, directory / "photos" / f"{entry['id']}.jpg")
+            photo = _load_photo(entry, directory / "photos" / f"{entry['id']}.jpg", masks.get(entry["id"]))
             if photo is not None:
                 sources.photos.append(photo)
     for entry in entries["cutouts"]:
@@ -111,7 +116,20 @@ def _load_sources(split: str, directory: Path, listing: Path) -> LoadedSources:
     return sources
 
 
-def _load_photo(entry: dict, path: Path, softest: float = 0.45) -> Photo | None:
+def read_masks(path: Path, photos: list[dict]) -> dict[str, np.ndarray]:
+    """What the subjects of the listed photographs cover, by id, each `(MASK_SIZE, MASK_SIZE)` in 0..1."""
+    ids = [entry["id"] for entry in photos if entry.get("subject")]
+    if not ids:
+        return {}
+    with Image.open(path) as image:
+        grid = np.asarray(image.convert("L"), np.float32) / 255
+    rows = grid.reshape(-1, MASK_SIZE, MASK_COLUMNS, MASK_SIZE).swapaxes(1, 2).reshape(-1, MASK_SIZE, MASK_SIZE)
+    if len(rows) < len(ids):
+        raise ValueError(f"{path} has {len(rows)} masks for {len(ids)} photographs: run `focus_masks.py` again.")
+    return dict(zip(ids, rows))
+
+
+def _load_photo(entry: dict, path: Path, mask: np.ndarray | None, softest: float = 0.45) -> Photo | None:
     """The photograph, or None where it is too soft to show that a blur was added."""
     with Image.open(path) as image:
         raw = image.convert("RGB")
@@ -126,9 +144,8 @@ def _load_photo(entry: dict, path: Path, softest: float = 0.45) -> Photo | None:
         box = tuple(np.divide(box, [*raw.size, *raw.size])) if max(box) > 1 else tuple(box)
     luma = normal.astype(np.float32) @ LUMA / 255
     detail = np.abs(luma[1:, 1:] - luma[:-1, 1:]) + np.abs(luma[1:, 1:] - luma[1:, :-1])
-    return Photo(
-        entry["id"], bool(entry.get("subject")), box, raw, Image.fromarray(normal), _eighth(luma), _eighth(detail)
-    )
+    normal = Image.fromarray(normal)
+    return Photo(entry["id"], bool(entry.get("subject")), box, mask, raw, normal, _eighth(luma), _eighth(detail))
 
 
 def _eighth(values: np.ndarray) -> np.ndarray:
@@ -320,14 +337,14 @@ def box_placement(photo: Photo, framing: Framing) -> tuple[str, float]:
     return "", seen
 
 
-def box_map(photo: Photo, framing: Framing) -> np.ndarray:
-    """A soft ellipse that fills the box of a photograph's own subject, as float32 (MAP_SIZE, MAP_SIZE)."""
+def subject_map(photo: Photo, framing: Framing) -> np.ndarray:
+    """What a photograph's own subject covers of the canvas, as float32 `(MAP_SIZE, MAP_SIZE)` in 0..1."""
     steps = (np.arange(4 * MAP_SIZE, dtype=np.float32) + 0.5) / (4 * MAP_SIZE)
     x, y = framing.to_photo(*np.meshgrid(steps, steps))
-    left, top, right, bottom = photo.box
-    x, y = x / photo.raw.width, y / photo.raw.height
-    radius = np.hypot((2 * x - left - right) / (right - left), (2 * y - top - bottom) / (bottom - top))
-    return np.clip((1.1 - radius) / 0.2, 0, 1).reshape(MAP_SIZE, 4, MAP_SIZE, 4).mean((1, 3))
+    columns, rows = x / photo.raw.width * MASK_SIZE - 0.5, y / photo.raw.height * MASK_SIZE - 0.5
+    inside = (np.minimum(columns, rows) > -1) & (np.maximum(columns, rows) < MASK_SIZE)
+    seen = map_coordinates(photo.mask, (rows, columns), order=1, mode="nearest") * inside
+    return seen.reshape(MAP_SIZE, 4, MAP_SIZE, 4).mean((1, 3)).astype(np.float32)
 
 
 # Composites ----------------------------------------------------------------------------------------------------------
