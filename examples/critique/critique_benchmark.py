@@ -38,6 +38,7 @@ import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -99,10 +100,17 @@ PLACED = ("placement", "depth", "subject sharpness")  # what has a place in the 
 
 
 def make_rows(split: str, number: int, sources: Path | None) -> Iterable[dict[str, Any]]:
-    """Samples of a split; `validation` is of photographs to train on, with other crops and faults."""
+    """
+    Samples of a split. Beside `train` and `test`: `validation`, photographs to train on with other crops and faults;
+    `foreign`, with faults by other means; `photographs`, without cut-outs and all with a subject of their own.
+    """
     if split == "foreign":
         pool = load_sources("test", sources)
         return (make_foreign_sample(index, "test", 0, pool) for index in range(number))
+    if split == "photographs":
+        rows = critique_dataset("test", 4 * number, seed=2, sources=load_sources("test", sources), composite_share=0.0)
+        known = (row for row in map(rows.__getitem__, range(len(rows))) if row["saliency"].any())
+        return islice(known, number)
     seed, of = (1, "train") if split == "validation" else (0, split)
     rows = critique_dataset(of, number, seed=seed, sources=load_sources(of, sources))
     return (rows[index] for index in range(number))

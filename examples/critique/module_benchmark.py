@@ -13,6 +13,8 @@ and about the same size, and are tested on held-out photographs and cut-outs:
     layer-8-random    states of an encoder with random weights
 
 `map`: AUC and CC against the exact masks of composites. `placement`: balanced accuracy of four classes, composites.
+`real map`, `real placement`: the same on photographs whose own subject is known (masks of the focus network that the
+encoder was taken from; `centre` is what their mean as a map for all would reach).
 `elsewhere`: balanced accuracy of the aspects without a place, by the module's head. `score`: Spearman's correlation of
 mean scores. `blurred subject`: AUC. `parameters`: of the module itself, in millions.
 """
@@ -55,7 +57,8 @@ ARMS = {
     "layers-4-8": {"encoder_layers": [3, 7]},
     "layer-8-random": {"encoder_layers": [7]},
 }
-FIGURES = ("map AUC", "map CC", "placement", "elsewhere", "score", "blurred subject", "parameters")
+FIGURES = ("map AUC", "map CC", "placement", "real map AUC", "real map CC", "real placement", "elsewhere", "score",
+           "blurred subject", "parameters")  # fmt: skip
 
 
 def normalised(images: torch.Tensor) -> torch.Tensor:
@@ -126,7 +129,8 @@ def train(iasm: ImageAestheticSaliencyModule, data: dict, states: dict, args: ar
 
 
 @torch.inference_mode()
-def measure(iasm: ImageAestheticSaliencyModule, data: dict, states: dict) -> dict[str, float]:
+def answer(iasm: ImageAestheticSaliencyModule, data: dict, states: dict) -> tuple[list, list, list]:
+    """Maps (32, 32), aspect logits and mean scores of all pictures."""
     maps, logits, scores = [], [], []
     for rows in torch.arange(len(data["image"])).split(50):
         outputs = iasm.eval()(
@@ -136,13 +140,16 @@ def measure(iasm: ImageAestheticSaliencyModule, data: dict, states: dict) -> dic
         maps.append(F.interpolate(outputs.saliency_maps[:, None], size=(32, 32), mode="bilinear")[:, 0])
         logits += outputs.aspect_logits.tolist()
         scores += (outputs.score_logits.softmax(-1) @ torch.arange(1.0, 11)).tolist()
+    return [one.numpy() for one in torch.cat(maps)], logits, scores
+
+
+def measure(iasm: ImageAestheticSaliencyModule, data: dict, states: dict) -> dict[str, float]:
+    maps, logits, scores = answer(iasm, data, states)
     labels, composite = data["aspect_labels"], data["composite"].bool().tolist()
     truths = [dict(zip(FAULTS, row)) for row in labels.tolist()]
     pasted = [i for i, one in enumerate(composite) if one]
     accuracy = accuracies([decide(row) for row in logits], truths, composite)
-    saliency = saliency_scores(
-        [one.numpy() for one in torch.cat(maps)[pasted]], [one.numpy() for one in data["saliency"][pasted]]
-    )
+    saliency = saliency_scores([maps[i] for i in pasted], [data["saliency"][i].numpy() for i in pasted])
     blurred = [i for i in pasted if truths[i]["subject_blurred"] >= 0]
     column = list(FAULTS).index("subject_blurred")
     return {
@@ -157,6 +164,20 @@ def measure(iasm: ImageAestheticSaliencyModule, data: dict, states: dict) -> dic
         ),
         "parameters": sum(parameter.numel() for parameter in iasm.parameters()) / 1e6,
         **accuracy,
+    }
+
+
+def measure_photographs(iasm: ImageAestheticSaliencyModule, data: dict, states: dict) -> dict[str, float]:
+    """Of photographs with a subject of their own: the map against its mask, and the placement where that is clear."""
+    maps, logits, _ = answer(iasm, data, states)
+    masks = [mask.numpy() for mask in data["saliency"]]
+    truths = [dict(zip(FAULTS, row)) for row in data["aspect_labels"].tolist()]
+    saliency, centre = saliency_scores(maps, masks), saliency_scores([np.mean(masks, axis=0)] * len(masks), masks)
+    return {
+        "real map AUC": saliency["AUC"],
+        "real map CC": saliency["CC"],
+        "real map AUC, centre": centre["AUC"],
+        "real placement": accuracies([decide(row) for row in logits], truths, [True] * len(truths))["placement"],
     }
 
 
@@ -194,7 +215,7 @@ def main(argv: list[str] | None = None):
             save_file({name: tensor.contiguous() for name, tensor in make().items()}, path)
         return load_file(path)
 
-    splits = {"train": args.pictures, "test": args.test_pictures}
+    splits = {"train": args.pictures, "test": args.test_pictures, "photographs": args.test_pictures}
     data = {
         split: kept(f"{split}-{number}", partial(make_pictures, split, number, SIZE, args.sources))
         for split, number in splits.items()
@@ -212,11 +233,14 @@ def main(argv: list[str] | None = None):
             set_seed(seed)
             iasm = build(arm, AutoConfig.from_pretrained(args.encoder).hidden_size)
             train(iasm, data["train"], states["train"], args, seed)
-            results.setdefault(arm, []).append(measure(iasm, data["test"], states["test"]))
+            figures = measure(iasm, data["test"], states["test"])
+            figures |= measure_photographs(iasm, data["photographs"], states["photographs"])
+            results.setdefault(arm, []).append(figures)
             print(arm, seed, {name: round(results[arm][-1][name], 3) for name in FIGURES}, flush=True)
     about = (
         f"Seeds {', '.join(map(str, args.seeds))}; {args.pictures} pictures, {args.steps} steps of {args.batch_size}; tested on "
-        f"{args.test_pictures} held-out ones."
+        f"{args.test_pictures} held-out ones, and as many views of photographs with a subject (centre AUC "
+        f"{next(iter(results.values()))[0]['real map AUC, centre']:.3f})."
     )
     table = as_markdown(results, about)
     print(table)
