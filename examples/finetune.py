@@ -8,7 +8,8 @@ Fine-tunes any vision-language model, or an ASE checkpoint, to critique photogra
 aic_data.py says what else is read: PCCD, AVA and others, CSV, Hub data sets, further columns. Without a split
 `validation`, `--validation_share` of the photographs is set aside for it; a split `test` is never looked at.
 
-Interrupted, even by kill -9, the same command goes on from the last whole checkpoint. Stages (`--stage`):
+Interrupted, even by kill -9, the same command goes on from the last whole checkpoint, unless the data have changed
+meanwhile. Stages (`--stage`):
     module  only the saliency module, without captions, on what the base's encoder gives once for every photograph
     added   only the saliency module and the cross-attentions; the base stays as it is
     lora    LoRA on the language model, the added modules in full (the default)
@@ -46,7 +47,8 @@ from metrics import caption_scores, topic_coverage
 from module_stage import ModuleTrainer, train_module
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image, ImageDraw, ImageFont
-from transformers import AutoConfig, EarlyStoppingCallback, HfArgumentParser, Trainer, TrainingArguments, set_seed
+from training_guards import GuardedTrainer, check_weights, describe_rows, keep_to_run, last_checkpoint
+from transformers import AutoConfig, EarlyStoppingCallback, HfArgumentParser, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
@@ -82,7 +84,10 @@ class ScriptArguments:
     lora_rank: int = 16
     lora_alpha: int = 32
     gate_lr_ratio: float = field(default=20.0, metadata={"help": "Times the rate: gates hardly open otherwise."})
-    max_length: int | None = field(default=None, metadata={"help": "Tokens; longer captions are cut."})
+    max_length: int | None = field(
+        default=None, metadata={"help": "Tokens of prompt and caption; longer ones are cut."}
+    )
+    max_caption_length: int = field(default=512, metadata={"help": "Tokens; longer captions are cut."})
     max_new_tokens: int = field(default=128, metadata={"help": "Longest critique in evaluations."})
     eval_photographs: int = field(default=500, metadata={"help": "Critiqued at most in each evaluation."})
     num_samples: int = field(default=4, metadata={"help": "Of these, drawn as pictures with their heat maps."})
@@ -154,7 +159,7 @@ def prepare_stage(model: ASEForConditionalGeneration, args: ScriptArguments) -> 
 # Training ------------------------------------------------------------------------------------------------------------
 
 
-class CritiqueTrainer(Trainer):
+class CritiqueTrainer(GuardedTrainer):
     """
     With a learning rate for gates, loss terms by name in the log, and critiques of `photographs` at each evaluation.
     """
@@ -289,18 +294,10 @@ def caption_metrics(critiques: list[str], references: list[list[str]]) -> dict[s
 # Result --------------------------------------------------------------------------------------------------------------
 
 
-def last_checkpoint(folder: str) -> str | None:
-    """The newest checkpoint that was written to the end: the trainer's state is the last file of each."""
-    whole = {
-        int(path.parent.name.split("-")[1]): path.parent
-        for path in Path(folder).glob("checkpoint-*/trainer_state.json")
-    }
-    return str(whole[max(whole)]) if whole else None
-
-
 def save_result(trainer: CritiqueTrainer | ModuleTrainer, processor: ASEProcessor, report: Report):
     """The model as one folder that loads anywhere; an adapter is kept too, and merged into the base."""
     args, out = trainer.script_args, Path(trainer.args.output_dir)
+    check_weights(trainer.model)
     if args.stage == "module":
         if trainer.is_world_process_zero():
             trainer.whole.save_pretrained(out)
@@ -387,9 +384,13 @@ def main():
         "processing_class": processor,
         "callbacks": [EarlyStoppingCallback(args.patience)] if args.patience else None,
     }
-    collator = ASEDataCollator(processor, args.max_length)
-    resumed = training_args.resume_from_checkpoint or last_checkpoint(training_args.output_dir)
-    if resumed and training_args.process_index == 0:
+    collator = ASEDataCollator(processor, args.max_length, args.max_caption_length)
+    is_first, named = training_args.process_index == 0, training_args.resume_from_checkpoint
+    resumed = named or last_checkpoint(training_args.output_dir, verbose=is_first)
+    run = {"model": {"name": args.model, "stage": args.stage}}
+    run |= {"train": describe_rows(train_rows), "validation": describe_rows(validation_rows)}
+    keep_to_run(training_args.output_dir, run, resumed and not named, write=is_first)
+    if resumed and is_first:
         print(f"Goes on from {resumed}. For a new run name another --output_dir.")
     if args.stage == "module":
         kept = {"train_dataset": train_rows, "eval_dataset": validation_rows}

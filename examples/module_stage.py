@@ -16,7 +16,8 @@ from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 from tqdm import tqdm
-from transformers import Trainer, TrainingArguments
+from training_guards import GuardedTrainer
+from transformers import TrainingArguments
 
 from ase_mllm import ASEDataCollator, ASEForConditionalGeneration
 from ase_mllm.modeling_ase import TARGETS
@@ -98,7 +99,7 @@ def _stack(name: str, examples: list[dict[str, torch.Tensor]]) -> torch.Tensor:
     return torch.stack([example.get(name, unknown) for example in examples])
 
 
-class ModuleTrainer(Trainer):
+class ModuleTrainer(GuardedTrainer):
     """Trains the saliency module of `whole`, and saves all of that as the result."""
 
     def __init__(self, *args, whole: ASEForConditionalGeneration, script_args: Any, **kwargs):

@@ -532,6 +532,96 @@ def test_the_result_of_zero3_is_loaded_whole(checkpoint, photographs, tmp_path, 
     assert not is_deepspeed_zero3_enabled()
 
 
+# What goes wrong -----------------------------------------------------------------------------------------------------
+
+SMALL = {"max_steps": 2, "eval_steps": 1, "stage": "added"}
+
+
+def break_after(monkeypatch, step: int, breaking: Callable):
+    """Calls `breaking(model)` before the forward pass that follows so many steps."""
+    original = finetune.CritiqueTrainer.compute_loss
+
+    def compute_loss(self, model, *args, **kwargs):
+        if self.state.global_step == step and model.training:
+            breaking(model)
+        return original(self, model, *args, **kwargs)
+
+    monkeypatch.setattr(finetune.CritiqueTrainer, "compute_loss", compute_loss)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_with_its_terms(checkpoint, photographs, tmp_path, monkeypatch):
+    break_after(monkeypatch, 1, lambda model: model.model.iasm.score_head.bias.data.fill_(float("nan")))
+    with pytest.raises(
+        ValueError, match=r"After step 1 the loss is nan \(terms: caption \d.*score nan.*--learning_rate"
+    ):
+        run(checkpoint, photographs, tmp_path / "out", **SMALL)
+    assert finetune.last_checkpoint(tmp_path / "out").endswith("checkpoint-1")
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_weights_that_are_no_numbers_are_not_saved(checkpoint, photographs, tmp_path, monkeypatch):
+    original = finetune.CritiqueTrainer.training_step
+
+    def training_step(self, model, *args, **kwargs):
+        loss = original(self, model, *args, **kwargs)
+        if self.state.global_step == 1:  # the last step makes them so: no loss would tell
+            model.model.iasm.score_head.bias.grad.fill_(float("nan"))
+        return loss
+
+    monkeypatch.setattr(finetune.CritiqueTrainer, "training_step", training_step)
+    monkeypatch.setattr(finetune.CritiqueTrainer, "evaluate", lambda *args, **kwargs: {"eval_loss": 1.0})
+    with pytest.raises(ValueError, match=r"trained tensors hold nan or infinity, e\.g\. model\.iasm\."):
+        run(checkpoint, photographs, tmp_path / "out", **SMALL)
+    assert finetune.last_checkpoint(tmp_path / "out").endswith("checkpoint-1")
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(name, one_process, tmp_path, capsys):
+    shutil.copytree(one_process, tmp_path / "out")
+    newest, before = sorted((tmp_path / "out").glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1]))[
+        :2
+    ]
+    path = newest / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert finetune.last_checkpoint(tmp_path / "out", verbose=True) == str(before)
+    said = capsys.readouterr().out
+    assert f"{newest} is damaged" in said and name in said
+
+
+def test_a_run_does_not_go_on_with_other_data(checkpoint, photographs, tmp_path, capsys):
+    data, out = shutil.copytree(photographs, tmp_path / "data"), tmp_path / "out"
+    run(checkpoint, data, out, **SMALL)
+    lines = (data / "train" / "metadata.jsonl").read_text().splitlines()
+    (data / "train" / "metadata.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    options = SMALL | {"max_steps": 3}
+    with pytest.raises(ValueError, match=r"train: 8 rows 8 photographs .*now 7 rows 7 photographs.*--output_dir"):
+        run(checkpoint, data, out, **options)
+    with pytest.raises(ValueError, match=r"model: .*now"):
+        run(checkpoint, photographs, out, **{**options, "stage": "all"})
+    run(checkpoint, data, out, **options, resume_from_checkpoint=out / "checkpoint-2")  # named, so it is meant
+    assert trainer_state(out)["global_step"] == 3
+    run(checkpoint, data, out, **options)  # and is what the run is of from now on
+    assert "Goes on from" in capsys.readouterr().out
+
+
+def test_a_caption_of_three_thousand_words_is_cut_by_default(checkpoint, tmp_path, monkeypatch):
+    rows = [{"file_name": f"{i}.png", "caption": "good " * (3000 if i == 0 else 3)} for i in range(4)]
+    write_photographs(tmp_path / "data", rows)
+    lengths = []
+    original = finetune.CritiqueTrainer.compute_loss
+    monkeypatch.setattr(
+        finetune.CritiqueTrainer,
+        "compute_loss",
+        lambda self, model, inputs, *args, **kwargs: (
+            lengths.append((inputs["labels"] != -100).sum(1).max().item())
+            or original(self, model, inputs, *args, **kwargs)
+        ),
+    )
+    run(checkpoint, tmp_path / "data", tmp_path / "out", **SMALL)
+    assert max(lengths) in (4, 512)  # the long one may be held out
+
+
 # Stage module --------------------------------------------------------------------------------------------------------
 
 

@@ -319,6 +319,8 @@ def test_long_captions_are_cut_and_long_prompts_refused(processor):
     with pytest.raises(ValueError, match=f"The prompt has {prompt} tokens, no room for a caption in {prompt}"):
         ASEDataCollator(processor, max_length=prompt)(examples()[:1])
     assert len(answers(ASEDataCollator(processor, max_length=prompt + 1)(examples()[:1]))[0]) == 1
+    short = answers(ASEDataCollator(processor, max_caption_length=2)(examples()))
+    assert short == [answer[:2] for answer in answers(ASEDataCollator(processor)(examples()))]
 
 
 def test_missing_targets_are_marked_as_such(processor):

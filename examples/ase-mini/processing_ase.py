@@ -362,10 +362,12 @@ class ASEDataCollator:
     Args:
         processor: The model's processor.
         max_length: Longest sequence in tokens. Longer captions are cut; a prompt that leaves no room is an error.
+        max_caption_length: Longest caption in tokens, whatever its prompt. Longer ones are cut, and then do not end.
     """
 
     processor: ASEProcessor
     max_length: int | None = None
+    max_caption_length: int | None = None
 
     def __call__(self, examples: list[dict[str, Any]]) -> BatchFeature:
         for example in examples:
@@ -422,7 +424,7 @@ class ASEDataCollator:
         answers = tokenizer(captions, add_special_tokens=False)["input_ids"]
         rows, labels = [], []
         for prompt, answer in zip(prompts, answers):
-            answer = answer + [tokenizer.eos_token_id]
+            answer = (answer + [tokenizer.eos_token_id])[: self.max_caption_length]
             if self.max_length is not None:
                 room = self.max_length - len(prompt)
                 if room < 1:
