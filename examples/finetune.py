@@ -14,6 +14,7 @@ meanwhile. Stages (`--stage`):
     added   only the saliency module and the cross-attentions; the base stays as it is
     lora    LoRA on the language model, the added modules in full (the default)
     all     everything
+The control that every claim needs, the plain base trained alike, is the same command with `--graft none`.
 With much data, `module` and `added` first and then `lora` from the result. The checkpoint with the least validation loss is kept;
 from some hundred validation photographs on, choose by `--metric_for_best_model cider`: few of them give a CIDEr of 0.
 All options of `TrainingArguments` hold. Several GPUs or machines, with ddp.yaml, fsdp2.yaml or deepspeed_zero3.yaml:
@@ -48,11 +49,21 @@ from module_stage import ModuleTrainer, train_module
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image, ImageDraw, ImageFont
 from training_guards import GuardedTrainer, check_weights, describe_rows, keep_to_run, last_checkpoint
-from transformers import AutoConfig, EarlyStoppingCallback, HfArgumentParser, TrainingArguments, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    BatchFeature,
+    EarlyStoppingCallback,
+    HfArgumentParser,
+    PreTrainedModel,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.integrations import TensorBoardCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
 from ase_mllm import ASEDataCollator, ASEForConditionalGeneration, ASEProcessor, read_photograph
+from ase_mllm.modeling_ase import TARGETS
 
 
 METRICS = {  # name and protocol
@@ -62,6 +73,7 @@ METRICS = {  # name and protocol
     "caption_words": ("words a critique", "mean"),
     "loss": ("loss", "all terms, weighted"),
 }
+BRANCH_TAGS = ("ase", "saliency", "custom_code")
 LOSS_TERMS = ("caption_loss", "score_loss", "saliency_loss", "aspect_loss")
 
 
@@ -74,6 +86,10 @@ class ScriptArguments:
     score_range: list[float] | None = field(default=None, metadata={"help": "Worst and best score, if not 1 10."})
     decode_images: bool = field(default=False, metadata={"help": "Decode all pictures first to find damaged ones."})
     validation_share: float = field(default=0.1, metadata={"help": "Of the photographs, where no split is given."})
+    graft: Literal["ase", "none"] = field(
+        default="ase",
+        metadata={"help": "none: the plain base, trained on the same rows in the same order, to compare."},
+    )
     stage: Literal["module", "added", "lora", "all"] = field(default="lora", metadata={"help": "What is trained."})
     dtype: str = field(default="float32", metadata={"help": "Of the base. The added modules train in float32."})
     fusion_layers: list[int] | None = field(default=None, metadata={"help": "Of a new graft: see `ASEConfig`."})
@@ -121,12 +137,20 @@ def parse_arguments() -> tuple[ScriptArguments, TrainingArguments]:
 # Model ---------------------------------------------------------------------------------------------------------------
 
 
-def load_model(args: ScriptArguments) -> ASEForConditionalGeneration:
+def load_model(args: ScriptArguments) -> PreTrainedModel:
     """
     Continues an ASE checkpoint or grafts a base; the added modules are in float32, for small steps to count. ZeRO-3 has
     one dtype for all that is trained, and float32 copies of its own.
     """
-    if AutoConfig.from_pretrained(args.model).model_type == "ase":
+    has_branch = AutoConfig.from_pretrained(args.model).model_type == "ase"
+    if args.graft == "none":
+        if has_branch or args.stage not in ("lora", "all"):
+            raise ValueError(
+                f"`--graft none` trains a base without the saliency branch, by `--stage lora` or `all`; got stage "
+                f"{args.stage} of {args.model}{', which has the branch' if has_branch else ''}."
+            )
+        return AutoModelForImageTextToText.from_pretrained(args.model, dtype=args.dtype)
+    if has_branch:
         model = ASEForConditionalGeneration.from_pretrained(args.model, dtype=args.dtype)
     else:
         iasm_config = {} if args.aspect_names is None else {"aspect_names": args.aspect_names}
@@ -142,7 +166,7 @@ def load_model(args: ScriptArguments) -> ASEForConditionalGeneration:
     return model
 
 
-def prepare_stage(model: ASEForConditionalGeneration, args: ScriptArguments) -> torch.nn.Module:
+def prepare_stage(model: PreTrainedModel, args: ScriptArguments) -> torch.nn.Module:
     """Freezes what the stage leaves alone."""
     if args.stage == "added":
         for name, parameter in model.named_parameters():
@@ -152,11 +176,30 @@ def prepare_stage(model: ASEForConditionalGeneration, args: ScriptArguments) -> 
     decoder = set(model.get_decoder().modules())
     linear = [name for name, part in model.named_modules() if part in decoder and isinstance(part, torch.nn.Linear)]
     sizes = {"r": args.lora_rank, "lora_alpha": args.lora_alpha}
-    config = LoraConfig(**sizes, target_modules=linear, modules_to_save=["iasm", "fusions"])
+    whole = ["iasm", "fusions"] if args.graft == "ase" else None
+    config = LoraConfig(**sizes, target_modules=linear, modules_to_save=whole)
     return get_peft_model(model, config, autocast_adapter_dtype=not is_deepspeed_zero3_enabled())
 
 
 # Training ------------------------------------------------------------------------------------------------------------
+
+
+class PlainCollator(ASEDataCollator):
+    """Batches of captions alone, as a base without the saliency branch takes them."""
+
+    def __call__(self, examples: list[dict[str, Any]]) -> BatchFeature:
+        batch = super().__call__(examples)
+        return BatchFeature({name: value for name, value in batch.items() if name not in TARGETS})
+
+
+def with_captions(rows: datasets.Dataset) -> datasets.Dataset:
+    """The rows from which a base without scores learns; it counts every caption alike."""
+    kept = rows.filter(lambda weight: weight > 0, input_columns="caption_weight")
+    if len(kept) < len(rows) or any(weight != 1 for weight in kept["caption_weight"]):
+        print(f"The plain base learns from {len(kept)} of {len(rows)} rows, those with captions, each of weight 1.")
+    if not len(kept):
+        raise ValueError("There are no captions, and `--graft none` learns from nothing else.")
+    return kept
 
 
 class CritiqueTrainer(GuardedTrainer):
@@ -173,8 +216,9 @@ class CritiqueTrainer(GuardedTrainer):
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             optimizer = super().create_optimizer(model)
-            rate = self.script_args.gate_lr_ratio * self.args.learning_rate
-            set_gate_rate(optimizer, self.model if model is None else model, rate)
+            if self.script_args.graft == "ase":
+                rate = self.script_args.gate_lr_ratio * self.args.learning_rate
+                set_gate_rate(optimizer, self.model if model is None else model, rate)
         return self.optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -263,8 +307,8 @@ def draw_samples(
     processor: ASEProcessor, outputs: Any, images: list[Image.Image], texts: list[str]
 ) -> list[Image.Image]:
     """Photograph and heat map side by side, the critique below them."""
-    overlays = images
-    if len(outputs.saliency_maps) == len(images):  # otherwise tiles, each with a map of its own
+    overlays, maps = images, outputs.get("saliency_maps")
+    if maps is not None and len(maps) == len(images):  # otherwise none, or tiles, each with a map of its own
         heat = processor.post_process_saliency(outputs, [image.size[::-1] for image in images])
         overlays = [processor.overlay_saliency(image, one) for image, one in zip(images, heat)]
     samples = []
@@ -310,7 +354,7 @@ def save_result(trainer: CritiqueTrainer | ModuleTrainer, processor: ASEProcesso
         # loaded again, because the weights in training may lie in pieces on many devices; whole now, by this process
         unset_hf_deepspeed_config()
         PeftModel.from_pretrained(load_model(args), out / "adapter").merge_and_unload().save_pretrained(out)
-    processor.save_pretrained(out)
+    (processor if args.graft == "ase" else processor.base_processor).save_pretrained(out)
     write_card(trainer, report)
     if args.push_to is not None:
         HfApi().create_repo(args.push_to, exist_ok=True)
@@ -329,7 +373,7 @@ def write_card(trainer: CritiqueTrainer | ModuleTrainer, report: Report):
         base_model=None if Path(args.model).exists() else args.model,
         library_name="transformers",
         pipeline_tag=task,
-        tags=["ase", "aesthetics", "image-captioning", "saliency", "photography", "custom_code"],
+        tags=["aesthetics", "image-captioning", "photography", *(BRANCH_TAGS if args.graft == "ase" else ())],
         eval_results=[
             EvalResult(task, data, f"{data}, validation", name, round(value, 4), metric_name=METRICS[name][0])
             for name, value in figures.items()
@@ -345,6 +389,7 @@ def write_card(trainer: CritiqueTrainer | ModuleTrainer, report: Report):
         trainer=trainer,
         report=report,
         folder=args.push_to or out,
+        question=trainer.processing_class.critique_prompt(),
         step=best[0]["step"] if best else state.global_step,
         figures=[(METRICS[name][0], value, METRICS[name][1]) for name, value in figures.items()],
         command=shlex.join(sys.argv),
@@ -384,10 +429,14 @@ def main():
         "processing_class": processor,
         "callbacks": [EarlyStoppingCallback(args.patience)] if args.patience else None,
     }
-    collator = ASEDataCollator(processor, args.max_length, args.max_caption_length)
+    make_collator = ASEDataCollator
+    if args.graft == "none":
+        make_collator = PlainCollator
+        train_rows, validation_rows = with_captions(train_rows), with_captions(validation_rows)
+    collator = make_collator(processor, args.max_length, args.max_caption_length)
     is_first, named = training_args.process_index == 0, training_args.resume_from_checkpoint
     resumed = named or last_checkpoint(training_args.output_dir, verbose=is_first)
-    run = {"model": {"name": args.model, "stage": args.stage}}
+    run = {"model": {"name": args.model, "graft": args.graft, "stage": args.stage}}
     run |= {"train": describe_rows(train_rows), "validation": describe_rows(validation_rows)}
     keep_to_run(training_args.output_dir, run, resumed and not named, write=is_first)
     if resumed and is_first:

@@ -28,7 +28,7 @@ from huggingface_hub.utils import filter_repo_objects
 from module_stage import collate as collate_inputs
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import LlavaForConditionalGeneration, TrainerCallback, TrainingArguments
+from transformers import LlavaForConditionalGeneration, LlavaProcessor, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, set_hf_deepspeed_config
 from transformers.modeling_outputs import ModelOutput
 from transformers.trainer import DEFAULT_CALLBACKS
@@ -620,6 +620,47 @@ def test_a_caption_of_three_thousand_words_is_cut_by_default(checkpoint, tmp_pat
     )
     run(checkpoint, tmp_path / "data", tmp_path / "out", **SMALL)
     assert max(lengths) in (4, 512)  # the long one may be held out
+
+
+# The plain base ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings(PEFT_ASKS)
+@pytest.mark.parametrize("stage", ["lora", "all"])
+def test_the_plain_base_is_trained_by_the_same_command(stage, base, rated, tmp_path, monkeypatch):
+    seen = []
+    original = finetune.CritiqueTrainer.compute_loss
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        seen.append(set(inputs))
+        return original(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(finetune.CritiqueTrainer, "compute_loss", compute_loss)
+    out = run(base, rated, tmp_path / "out", stage=stage, graft="none", max_steps=2, eval_steps=1)
+    assert not any(name.endswith(("_targets", "_weights")) for names in seen for name in names)
+    model = LlavaForConditionalGeneration.from_pretrained(out)
+    before = LlavaForConditionalGeneration.from_pretrained(base).state_dict()
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved and (stage == "all") == any("vision_tower" in name for name in moved)
+    assert LlavaProcessor.from_pretrained(out) and not list(out.glob("modeling_ase.py"))
+    assert len(captions(out, 1)) == 3 and history(out, "eval_cider").keys() == {1, 2}
+    card = ModelCard.load(out / "README.md")
+    assert (
+        "without a saliency branch" in card.text
+        and "trust_remote_code" not in card.text
+        and "ase" not in card.data.tags
+    )
+
+
+def test_the_plain_base_needs_captions_and_no_branch(base, checkpoint, photographs, tmp_path):
+    with pytest.raises(ValueError, match="which has the branch"):
+        run(checkpoint, photographs, tmp_path / "out", graft="none")
+    with pytest.raises(ValueError, match="got stage added"):
+        run(base, photographs, tmp_path / "out", graft="none", stage="added")
+    draw(tmp_path / "ava", "1.jpg", "2.jpg", "3.jpg")
+    (tmp_path / "ava" / "AVA.txt").write_text("".join(f"{i} {i} 0 0 0 0 1 9 {i} 0 0 0 1 2 3\n" for i in (1, 2, 3)))
+    with pytest.raises(ValueError, match="no captions"):
+        run(base, tmp_path / "ava", tmp_path / "out", graft="none", stage="all")
 
 
 # Stage module --------------------------------------------------------------------------------------------------------
