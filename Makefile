@@ -26,7 +26,7 @@ lint: .venv/lint.ready
 	$(BIN)/ruff format --config .ci/ruff.toml --check .
 
 bundle:
-	cp *_ase.py modeling_iasm.py image_encoders.py photometry.py examples/ase-mini/
+	cp $(filter-out __init__.py,$(wildcard *.py)) examples/ase-mini/
 
 clean:
 	rm -rf .venv captions

@@ -18,6 +18,8 @@ from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.utils.type_validators import interval
 
 
+IMAGE_TOKEN_SELECTIONS = ("diverse", "uniform", "saliency")
+
 # What importing changes in transformers, all of it: registering with an Auto class leaves these tables as they are, and
 # servers and pipelines find models by name in them. NOTE: here, because of a folder's own code only this file and the
 # processor's have run when `transformers serve` looks.
@@ -161,6 +163,12 @@ class ASEConfig(_SavedWithCode):
             saliency module reads; the model writes the choice back, so that a saved config always names them.
         fusion_hidden_size, fusion_num_attention_heads:
             Inner width and heads of that cross-attention.
+        image_token_budget:
+            How many tokens of each image of the encoder the language model is handed: a share (a float up to 1.0), a
+            number (an int), or `None` for all, as the base does.
+        image_token_selection:
+            Which: `"diverse"` (features that differ, salient ones rather), `"uniform"` (evenly over the picture), or
+            `"saliency"` (the most salient).
     """
 
     model_type = "ase"
@@ -178,6 +186,8 @@ class ASEConfig(_SavedWithCode):
     fusion_layers: list[int] | None = None
     fusion_hidden_size: int = interval(min=1)(default=256)
     fusion_num_attention_heads: int = interval(min=1)(default=8)
+    image_token_budget: float | int | None = None
+    image_token_selection: str = "diverse"
 
     def __post_init__(self, **kwargs):
         # NOTE: building a composite sets the attention of all its parts to None. A live base would then run with another
@@ -211,6 +221,11 @@ class ASEConfig(_SavedWithCode):
                 raise ValueError(
                     f"`fusion_layers` must be different indices counted from 0, got {self.fusion_layers}."
                 )
+        check_image_token_budget(self.image_token_budget)
+        if self.image_token_selection not in IMAGE_TOKEN_SELECTIONS:
+            raise ValueError(
+                f"`image_token_selection` is one of {IMAGE_TOKEN_SELECTIONS}, got {self.image_token_selection!r}."
+            )
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "ASEConfig":
@@ -267,6 +282,20 @@ class ASEConfig(_SavedWithCode):
     @property
     def video_token_id(self) -> int:
         return self.mllm_config.video_token_id
+
+
+def check_image_token_budget(budget: float | int | None):
+    """
+    Raises:
+        ValueError: unless the budget is a share in 0..1, a number of tokens from 1 on, or `None`.
+    """
+    is_share = isinstance(budget, float) and 0 < budget <= 1
+    is_number = isinstance(budget, int) and not isinstance(budget, bool) and budget >= 1
+    if budget is not None and not is_share and not is_number:
+        raise ValueError(
+            "`image_token_budget` is a share above 0.0 and up to 1.0, or a whole number of tokens an image; got "
+            f"{budget!r}."
+        )
 
 
 def _part_config(name: str, config: dict | PreTrainedConfig) -> PreTrainedConfig:

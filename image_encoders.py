@@ -13,7 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
+from .configuration_ase import ASEConfig
+
+
+logger = logging.get_logger(__name__)
 
 PROBE_GRID = (12, 18)  # patches of the picture that `probe_places` shows; more than one window each way
 
@@ -564,3 +569,54 @@ def _states(
     finally:
         hook.remove()
     raise ValueError("it does not call its layers")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The layers that are read and fused
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def resolve_encoder_layers(ase_config: ASEConfig, encoder: ImageEncoder):
+    """Decides which layers the saliency module reads, unless the configuration says it, and where their states stand."""
+    config = ase_config.iasm_config
+    layers = config.encoder_layers
+    if layers is None:
+        last = min(ase_config.fusion_layers or [encoder.last_layer])
+        layers = [min(max((encoder.last_layer + 1) // 2, 1) - 1, last)]
+    elif not layers or config.encoder_hidden_sizes is not None:
+        return
+    if max(layers) > encoder.last_layer:
+        raise ValueError(
+            f"`encoder_layers` {layers} reaches beyond layer {encoder.last_layer}, the last one that is seen."
+        )
+    prefix, reason = probe_places(encoder, max(layers))
+    name = type(encoder.module).__name__
+    if prefix is None and config.encoder_layers is not None:
+        raise ValueError(f"The saliency module cannot read {name}'s `encoder_layers` {layers}: {reason}.")
+    if prefix is None:
+        logger.warning(f"The saliency module does not read {name} but judges by photometry alone: {reason}.")
+        layers, prefix = [], 0
+    config.encoder_layers, config.encoder_prefix_length = layers, prefix
+    config.encoder_hidden_sizes = [encoder.hidden_sizes[layer] for layer in layers]
+
+
+def resolve_fusion_layers(config: ASEConfig, encoder: ImageEncoder) -> list[int]:
+    first = max(config.iasm_config.encoder_layers, default=0)  # the tokens are not there before
+    count = encoder.last_layer + 1 - first
+    if config.fusion_layers is None:
+        if count < 1:
+            raise ValueError(
+                f"`encoder_layers` {config.iasm_config.encoder_layers} leave no layer to fuse: the language model sees none "
+                f"after layer {encoder.last_layer}."
+            )
+        return sorted({first + round((i + 1) * count / 4) - 1 for i in range(4)} - {first - 1})
+    if max(config.fusion_layers) > encoder.last_layer:
+        raise ValueError(
+            f"`fusion_layers` {config.fusion_layers} reaches beyond layer {encoder.last_layer}: the encoder has "
+            f"{len(encoder.layers)} layers and the language model sees none after that one."
+        )
+    if min(config.fusion_layers) < first:
+        raise ValueError(
+            f"`fusion_layers` {config.fusion_layers} begins before layer {first}, which the saliency module reads first."
+        )
+    return config.fusion_layers

@@ -6,13 +6,9 @@ is this project's own design.
 """
 
 import inspect
-import threading
-import warnings
 from collections.abc import Callable
 from copy import copy
-from dataclasses import make_dataclass
-from functools import cache, partial, wraps
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,14 +18,30 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutpu
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
-from .configuration_ase import ASEConfig, IASMConfig
-from .image_encoders import EncoderImages, ImageEncoder, find_image_encoder, probe_places
+from .base_interface import CACHE_NAMES, add_fields, drop_none, signed_as, without
+from .configuration_ase import ASEConfig, IASMConfig, check_image_token_budget
+from .encoder_context import EncoderContext, SaliencyRecorder, active
+from .image_encoders import (
+    EncoderImages,
+    ImageEncoder,
+    find_image_encoder,
+    resolve_encoder_layers,
+    resolve_fusion_layers,
+)
+from .image_tokens import (
+    PromptCut,
+    choose_tokens,
+    cut_features,
+    cut_inputs,
+    cut_prompt,
+    pads_left,
+    shorter_limits,
+    token_grids,
+)
 from .modeling_iasm import (
     ASEPreTrainedModel,
-    IASMOutput,
     ImageAestheticSaliencyModule,
     SaliencyFusions,
-    join_outputs,
     saliency_losses,
     weighted_caption_loss,
 )
@@ -37,52 +49,9 @@ from .processing_ase import image_normalisation
 
 
 TARGETS = ("score_targets", "saliency_targets", "aspect_targets", "caption_weights")
-SALIENCY_OUTPUTS = ("saliency_maps", "saliency_map_sizes", "score_logits", "aspect_logits")
 LOSS_TERMS = ("caption_loss", "score_loss", "saliency_loss", "aspect_loss")
-CACHE_NAMES = ("past_key_values", "cache")  # before transformers 5.24 and since
 
 logger = logging.get_logger(__name__)
-
-
-# What is active in this thread, so that two threads never see each other's images: the `encoder_context` of the call that
-# runs, and the `recorders` of whoever wants to know what the IASM says. NOTE: `torch.compile` traces this and no
-# `ContextVar`, and of a subclass with defaults it would read the defaults.
-_active = threading.local()
-
-
-class EncoderContext:
-    """What one call of the image encoder hands from its pixels, and the layers that are read, to its fusion layers."""
-
-    def __init__(self, encoder: nn.Module, images: EncoderImages):
-        self.encoder = encoder
-        self.images = images
-        self.states: list[torch.Tensor | list[torch.Tensor]] = []
-        self.saliency: IASMOutput | None = None
-        self.outer = getattr(_active, "encoder_context", None)
-
-
-class SaliencyRecorder:
-    """Keeps what the IASM of `model` says in this thread while its `with` block runs, and on demand what it was given."""
-
-    def __init__(self, model: "ASEModel", keep_inputs: bool = False):
-        self.model = model
-        self.keep_inputs = keep_inputs
-        self.inputs = []
-        self.outputs = []
-
-    def __enter__(self) -> "SaliencyRecorder":
-        self.outer, self.context = getattr(_active, "recorders", ()), getattr(_active, "encoder_context", None)
-        _active.recorders = (*self.outer, self)
-        return self
-
-    def __exit__(self, *error: Any):
-        # torch ends an encoder's call on errors, but not on an interrupt (a `BaseException`)
-        _active.recorders, _active.encoder_context = self.outer, self.context
-
-    def saliency(self, mm_encoder_outputs: dict[str, ModelOutput] | None = None) -> dict[str, torch.Tensor | None]:
-        """What the IASM said, or what it had said when images were encoded before."""
-        said = join_outputs(self.outputs) if self.outputs else (mm_encoder_outputs or {}).get("image")
-        return {name: None if said is None else said.get(name) for name in SALIENCY_OUTPUTS}
 
 
 class ASEModel(ASEPreTrainedModel):
@@ -109,13 +78,13 @@ class ASEModel(ASEPreTrainedModel):
         config.mllm_config = mllm.config
         self.mllm = mllm
         self.input_modalities = mllm.input_modalities
-        self.forward = _signed_as(self.forward, mllm.base_model.forward)
+        self.forward = signed_as(self.forward, mllm.base_model.forward)
         for name in ("get_rope_index", "get_video_features"):  # servers that hold the body alone look for these
             if hasattr(mllm.base_model, name):
                 setattr(self, name, getattr(mllm.base_model, name))
         encoder = find_image_encoder(mllm)
-        _resolve_encoder_layers(config, encoder)
-        config.fusion_layers = _resolve_fusion_layers(config, encoder)
+        resolve_encoder_layers(config, encoder)
+        config.fusion_layers = resolve_fusion_layers(config, encoder)
         self.iasm = ImageAestheticSaliencyModule(config.iasm_config)
         self.fusions = SaliencyFusions(config, {layer: encoder.hidden_sizes[layer] for layer in config.fusion_layers})
         self._hook_encoder(encoder)
@@ -148,26 +117,27 @@ class ASEModel(ASEPreTrainedModel):
     ):
         given = {**dict(zip(arguments, args)), **kwargs}
         images = reader(encoder, given.pop(arguments[0]), **given)
-        _active.encoder_context = EncoderContext(encoder, images)
+        active.encoder_context = EncoderContext(encoder, images)
         if not self.config.iasm_config.encoder_layers:
-            self._run_iasm(_active.encoder_context)
+            self._run_iasm(active.encoder_context)
 
     def _run_iasm(self, context: EncoderContext):
         context.saliency = self.iasm(context.images.pixels, encoder_states=context.states)
-        for recorder in getattr(_active, "recorders", ()):
+        for recorder in getattr(active, "recorders", ()):
             if recorder.model is self:  # and not the assistant that writes a draft meanwhile
                 recorder.outputs.append(context.saliency)
+                recorder.sizes += [tuple(image.shape[-2:]) for image in context.images.pixels]
                 if recorder.keep_inputs:
                     recorder.inputs.append((context.images.pixels, context.states))
 
     def _end_encoder_call(self, encoder: nn.Module, args: tuple, output: Any):
-        context = getattr(_active, "encoder_context", None)
+        context = getattr(active, "encoder_context", None)
         # after an error before `_start_encoder_call` there is no call of this encoder to end
         if context is not None and context.encoder is encoder:
-            _active.encoder_context = context.outer
+            active.encoder_context = context.outer
 
     def _context(self, index: int) -> EncoderContext:
-        context = getattr(_active, "encoder_context", None)
+        context = getattr(active, "encoder_context", None)
         if context is None:
             raise RuntimeError(
                 f"Encoder layer {index} ran outside a call of its image encoder, so there are no pixels."
@@ -223,19 +193,98 @@ class ASEModel(ASEPreTrainedModel):
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+        self,
+        pixel_values: torch.Tensor,
+        image_token_budget: float | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """
         Encodes images once: the base's output, with `saliency_maps`, `score_logits` and `aspect_logits` beside.
 
         `kwargs` are the arguments of the base's own method (grids, sizes, masks). Pass the output on as
-        `generate(..., mm_encoder_outputs={"image": features})`.
+        `generate(..., mm_encoder_outputs={"image": features})`. Within a budget of image tokens (the configuration's by
+        default) the features are those of the tokens that are kept, and `image_tokens_kept` says which of all they are.
         """
+        budget = self.config.image_token_budget if image_token_budget is None else image_token_budget
+        check_image_token_budget(budget)
         with SaliencyRecorder(self) as recorder:
             features = self.mllm.base_model.get_image_features(
                 pixel_values=pixel_values, **{**kwargs, "return_dict": True}
             )
-        return _add_fields(features, recorder.saliency())
+        fields = recorder.saliency()
+        if budget is not None:
+            fields["image_tokens_kept"] = self._choose_tokens(features, fields, recorder.sizes, budget)
+            features = cut_features(features, fields["image_tokens_kept"])
+        return add_fields(features, fields)
+
+    def _choose_tokens(
+        self,
+        features: BaseModelOutputWithPooling,
+        saliency: dict[str, torch.Tensor | None],
+        sizes: list[tuple[int, int]],
+        budget: float | int,
+    ) -> torch.Tensor:
+        flat = torch.cat([one.flatten(0, -2) for one in features.pooler_output])
+        grids = token_grids(self.config.mllm_config, sizes, len(flat))
+        maps, shapes = saliency["saliency_maps"], saliency["saliency_map_sizes"]
+        maps = list(maps) if shapes is None else [one[:h, :w] for one, (h, w) in zip(maps, shapes.tolist())]
+        return choose_tokens(flat, maps, grids, budget, self.config.image_token_selection)
+
+    def within_budget(self, given: dict[str, Any]) -> tuple[dict[str, Any], PromptCut | None]:
+        """
+        The inputs of a prompt without the image tokens beyond the budget, and the cut; as they are where nothing is cut.
+
+        `given` may name an `image_token_budget`, which counts in place of the configuration's. Images are encoded here.
+
+        Raises:
+            ValueError: where the prompt goes on from a cache, or has no ids in which image tokens could be found.
+        """
+        given = dict(given)
+        budget = given.pop("image_token_budget", None)
+        budget = self.config.image_token_budget if budget is None else budget
+        check_image_token_budget(budget)
+        encoded = given.get("mm_encoder_outputs") or {}
+        features = encoded.get("image")
+        kept = None if features is None else features.get("image_tokens_kept")
+        cuts = budget is not None and not (isinstance(budget, float) and budget == 1)  # the number 1 is one token
+        encodes = cuts and features is None and given.get("pixel_values") is not None
+        if kept is None and not encodes:
+            return given, None
+        ids, cache = given.get("input_ids"), next((given[n] for n in CACHE_NAMES if given.get(n) is not None), None)
+        if ids is None or (cache is not None and cache.get_seq_length()):
+            raise ValueError(
+                "An `image_token_budget` cuts whole prompts that are given as `input_ids`, and none that goes on from a "
+                "cache or is embedded already. Without it: `image_token_budget=1.0`."
+            )
+        if encodes:
+            features = self.get_image_features(image_token_budget=budget, **self._image_arguments(given))
+            kept = features.image_tokens_kept
+            given.pop("pixel_values")
+        # under another name: what is cut already is not cut again
+        features = add_fields(without(features, "image_tokens_kept"), {"image_tokens_cut": kept})
+        given["mm_encoder_outputs"] = {**encoded, "image": features}
+        return self._cut(given, kept)
+
+    def _image_arguments(self, given: dict[str, Any]) -> dict[str, Any]:
+        """What of a model's inputs its method for image features takes."""
+        encode = getattr(self.mllm.base_model, "get_image_features", None)
+        if encode is None:
+            name = self.config.mllm_config.model_type
+            raise ValueError(f"`image_token_budget` has nothing to cut: {name} puts no image tokens into its prompt.")
+        return {name: given[name] for name in inspect.signature(encode).parameters if name in given}
+
+    def _cut(self, given: dict[str, Any], kept: torch.Tensor) -> tuple[dict[str, Any], PromptCut]:
+        ids = given["input_ids"]
+        if given.get("attention_mask") is None:  # gaps in positions alone would be taken for packed sequences
+            given["attention_mask"] = torch.ones_like(ids)
+        if given.get("position_ids") is None:  # of the whole prompt: M-RoPE needs all places of a picture
+            given["position_ids"] = self.mllm._prepare_position_ids_for_generation(ids, given)
+        is_image = ids == self.config.image_token_id
+        mask = (~is_image).masked_scatter(is_image, kept.to(ids.device))
+        cut = cut_prompt(mask, pads_left(given["attention_mask"]))
+        padding = self.config.get_text_config().pad_token_id
+        positions = cut.gather(given.pop("position_ids"), 0)
+        return {**cut_inputs(given, cut, padding or 0), "position_ids": positions}, cut
 
     @torch.no_grad()
     def get_iasm_inputs(
@@ -265,143 +314,31 @@ class ASEModel(ASEPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        image_token_budget: float | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ModelOutput:
         """Arguments and outputs are the base's own, and `SALIENCY_OUTPUTS` beside; what is `None` is not passed on."""
         # a base would swallow them, and whoever computes the loss outside would never know
-        if targets := sorted(_drop_none(**{name: kwargs.get(name) for name in TARGETS})):
+        if targets := sorted(drop_none(**{name: kwargs.get(name) for name in TARGETS})):
             raise ValueError(f"{targets} need `ASEForConditionalGeneration.forward`: the body computes no loss.")
-        given = _drop_none(
+        given = drop_none(
             input_ids=input_ids,
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
+            image_token_budget=image_token_budget,
         )
         given |= {**kwargs, "return_dict": True}
         with SaliencyRecorder(self) as recorder:
+            given, cut = self.within_budget(given)
             outputs = self.mllm.base_model(**given)
-        return _add_fields(outputs, recorder.saliency(mm_encoder_outputs))
-
-
-def _resolve_encoder_layers(ase_config: ASEConfig, encoder: ImageEncoder):
-    """Decides which layers the saliency module reads, unless the configuration says it, and where their states stand."""
-    config = ase_config.iasm_config
-    layers = config.encoder_layers
-    if layers is None:
-        last = min(ase_config.fusion_layers or [encoder.last_layer])
-        layers = [min(max((encoder.last_layer + 1) // 2, 1) - 1, last)]
-    elif not layers or config.encoder_hidden_sizes is not None:
-        return
-    if max(layers) > encoder.last_layer:
-        raise ValueError(
-            f"`encoder_layers` {layers} reaches beyond layer {encoder.last_layer}, the last one that is seen."
-        )
-    prefix, reason = probe_places(encoder, max(layers))
-    name = type(encoder.module).__name__
-    if prefix is None and config.encoder_layers is not None:
-        raise ValueError(f"The saliency module cannot read {name}'s `encoder_layers` {layers}: {reason}.")
-    if prefix is None:
-        logger.warning(f"The saliency module does not read {name} but judges by photometry alone: {reason}.")
-        layers, prefix = [], 0
-    config.encoder_layers, config.encoder_prefix_length = layers, prefix
-    config.encoder_hidden_sizes = [encoder.hidden_sizes[layer] for layer in layers]
-
-
-def _resolve_fusion_layers(config: ASEConfig, encoder: ImageEncoder) -> list[int]:
-    first = max(config.iasm_config.encoder_layers, default=0)  # the tokens are not there before
-    count = encoder.last_layer + 1 - first
-    if config.fusion_layers is None:
-        if count < 1:
-            raise ValueError(
-                f"`encoder_layers` {config.iasm_config.encoder_layers} leave no layer to fuse: the language model sees none "
-                f"after layer {encoder.last_layer}."
-            )
-        return sorted({first + round((i + 1) * count / 4) - 1 for i in range(4)} - {first - 1})
-    if max(config.fusion_layers) > encoder.last_layer:
-        raise ValueError(
-            f"`fusion_layers` {config.fusion_layers} reaches beyond layer {encoder.last_layer}: the encoder has "
-            f"{len(encoder.layers)} layers and the language model sees none after that one."
-        )
-    if min(config.fusion_layers) < first:
-        raise ValueError(
-            f"`fusion_layers` {config.fusion_layers} begins before layer {first}, which the saliency module reads first."
-        )
-    return config.fusion_layers
-
-
-def _drop_none(**kwargs: Any) -> dict[str, Any]:
-    """Without the `None`s: some bases treat an explicit `None` otherwise than a missing argument."""
-    return {name: value for name, value in kwargs.items() if value is not None}
-
-
-def _signed_as(method: MethodType, base: Callable) -> MethodType:
-    """
-    The method with the signature of the base's: clients keep only the inputs that they find there (grids, sizes, masks).
-
-    It takes arguments by position in the base's order, and a cache under either of its names.
-    """
-    function = method.__func__
-    own, theirs = inspect.signature(function).parameters, inspect.signature(base).parameters
-    kinds = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
-    shared = [parameter for parameter in theirs.values() if parameter.kind not in kinds]
-    names = [parameter.name for parameter in shared]
-    name, other = next((pair for pair in (CACHE_NAMES, CACHE_NAMES[::-1]) if pair[0] in names), CACHE_NAMES)
-    self, *mine = [parameter for name, parameter in own.items() if name not in names and parameter.kind not in kinds]
-    mine = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in mine]
-    rest = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
-
-    # NOTE: without `__wrapped__`, by which accelerate would take the function for one of its own wrappings
-    @wraps(function, updated=())
-    def signed(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        # NOTE: a new dict, because torch.compile does not trace signatures once a caller's dict was changed
-        given = {**kwargs, **dict(zip(names, args))}
-        if name in names and other in given:
-            cache = given.pop(other)
-            if name not in given and name == "cache" and not torch.compiler.is_compiling():
-                warnings.warn(f"`{other}` is deprecated: transformers calls it `{name}`.", FutureWarning, stacklevel=2)
-            # NOTE: PEFT 0.21 puts its prefix beside the still empty cache, each under one of the names
-            if given.get(name) is None or not given[name].get_seq_length():
-                given[name] = cache
-        return function(self, **given)
-
-    del signed.__wrapped__
-    signed.__signature__ = inspect.Signature([self, *shared, *mine, rest])
-    return MethodType(signed, method.__self__)
-
-
-def _add_fields(outputs: ModelOutput, fields: dict[str, torch.Tensor | None]) -> ModelOutput:
-    """A base's output with what the IASM said, and the terms of the loss, beside its own fields."""
-    return _output_class(type(outputs), tuple(fields))(**outputs, **fields)
-
-
-@torch.compiler.assume_constant_result  # a compiled forward takes the class as it is, and does not trace its making
-def _output_class(base: type[ModelOutput], added: tuple[str, ...]) -> type[ModelOutput]:
-    return _make_output_class(base, added)
-
-
-@cache
-def _make_output_class(base: type[ModelOutput], added: tuple[str, ...]) -> type[ModelOutput]:
-    """A base's output class with fields of ours: what takes outputs apart (pytrees) makes them again from fields alone."""
-
-    def reduce(self: ModelOutput) -> tuple:  # pickle finds no class that was made here
-        values = dict(self)
-        fields = {name: values.pop(name, None) for name in added}
-        return _add_fields, (base(**values), fields)
-
-    namespace = {"__reduce__": reduce}
-    if "past_key_values" in base.__dataclass_fields__:  # the name that lasts, where transformers has not got it yet
-        namespace["cache"] = property(lambda self: self.past_key_values)
-    if "image_hidden_states" in base.__dataclass_fields__:
-        namespace["image_outputs"] = property(_image_outputs)
-    fields = [(name, torch.Tensor | None, None) for name in added]
-    return make_dataclass(f"ASE{base.__name__}", fields, bases=(base,), namespace=namespace)
-
-
-def _image_outputs(outputs: ModelOutput) -> BaseModelOutputWithPooling | None:
-    features = outputs.image_hidden_states
-    return None if features is None else BaseModelOutputWithPooling(pooler_output=features)
+        fields = recorder.saliency(mm_encoder_outputs)
+        if cut is not None:
+            outputs.last_hidden_state = cut.restore(outputs.last_hidden_state)
+            fields["image_token_mask"] = cut.mask
+        return add_fields(outputs, fields)
 
 
 class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
@@ -414,8 +351,8 @@ class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
         self.model = ASEModel(config, mllm)
         self.input_modalities = self.model.input_modalities
         mllm = self.model.mllm
-        self.forward = _signed_as(self.forward, mllm.forward)
-        self.prepare_inputs_for_generation = _signed_as(
+        self.forward = signed_as(self.forward, mllm.forward)
+        self.prepare_inputs_for_generation = signed_as(
             self.prepare_inputs_for_generation, mllm.prepare_inputs_for_generation
         )
         self._is_stateful = mllm._is_stateful  # such caches cannot be cut back, as assisted decoding does
@@ -452,7 +389,7 @@ class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
             mllm = AutoModelForImageTextToText.from_pretrained(mllm, **kwargs)
         elif kwargs:
             raise ValueError(f"A live model takes no loading arguments, got {sorted(kwargs)}.")
-        given = _drop_none(
+        given = drop_none(
             fusion_layers=fusion_layers,
             fusion_hidden_size=fusion_hidden_size,
             fusion_num_attention_heads=fusion_num_attention_heads,
@@ -525,6 +462,7 @@ class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        image_token_budget: float | int | None = None,
         score_targets: torch.Tensor | None = None,
         saliency_targets: torch.Tensor | None = None,
         aspect_targets: torch.Tensor | None = None,
@@ -544,8 +482,11 @@ class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
             score_targets, saliency_targets, aspect_targets: One row an image; see `ImageAestheticSaliencyModule`.
             caption_weights: `(batch,)`, how much each sample's caption counts (its aesthetic relevance), 1 by default.
             num_items_in_batch: Target tokens in all micro-batches of a training step, as the `Trainer` counts them.
+            image_token_budget: In place of the configuration's, see `ASEConfig`. Logits are those of the whole prompt all
+                the same (what was taken out has those of the place before it), hidden states and attentions are not;
+                `image_token_mask` `(batch, sequence)` beside them says what was kept.
         """
-        given = _drop_none(
+        given = drop_none(
             input_ids=input_ids,
             pixel_values=pixel_values,
             attention_mask=attention_mask,
@@ -555,13 +496,20 @@ class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
             labels=labels if caption_weights is None else None,
             num_items_in_batch=num_items_in_batch if labels is not None else None,
             logits_to_keep=logits_to_keep,
+            image_token_budget=image_token_budget,
         )
         if unknown := [name for name in kwargs if name.endswith(("_target", "_targets")) or name == "caption_weight"]:
             raise TypeError(f"{sorted(unknown)} are no targets of this model, which takes {sorted(TARGETS)}.")
         given |= {**kwargs, "return_dict": True}
         with SaliencyRecorder(self.model) as recorder:
+            given, cut = self.model.within_budget(given)
             outputs = self.model.mllm(**given)
-        result = _add_fields(outputs, {**recorder.saliency(mm_encoder_outputs), **dict.fromkeys(LOSS_TERMS)})
+        fields = {**recorder.saliency(mm_encoder_outputs), **dict.fromkeys(LOSS_TERMS)}
+        if cut is not None:
+            fields["image_token_mask"] = cut.mask
+            if isinstance(logits_to_keep, int | None) and not logits_to_keep:
+                outputs.logits = cut.restore(outputs.logits)
+        result = add_fields(outputs, fields)
         if labels is not None:
             if caption_weights is not None:
                 shift_labels = kwargs.get("shift_labels")
@@ -582,7 +530,7 @@ class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
         num_items_in_batch: torch.Tensor | int | None,
     ):
         """Adds the terms to `result`. A micro-batch counts by its share of the step's target tokens, as captions do."""
-        targets = _drop_none(
+        targets = drop_none(
             score_targets=score_targets, saliency_targets=saliency_targets, aspect_targets=aspect_targets
         )
         if not targets:
@@ -609,8 +557,29 @@ class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
         See `GenerationMixin.generate`. A base with another way to generate does it by itself.
 
         With `return_dict_in_generate=True` the output has `saliency_maps`, `saliency_map_sizes`, `score_logits` and
-        `aspect_logits` too, one row an image whatever the number of beams or returned sequences.
+        `aspect_logits` too, one row an image whatever the number of beams or returned sequences; within an
+        `image_token_budget` (the configuration's, or given here) also `image_token_mask` `(batch, prompt)`. Sequences
+        begin with the whole prompt all the same; streamers and logits processors see the shorter one.
         """
+        prompt = {**kwargs, **drop_none(input_ids=inputs)} if inputs is None or inputs.ndim == 2 else kwargs
+        given, cut = self.model.within_budget(prompt)
+        if cut is None:
+            kwargs.pop("image_token_budget", None)
+            return self._generate(inputs, generation_config, **kwargs)
+        whole, short = prompt["input_ids"], given["input_ids"].shape[1]
+        given |= shorter_limits(generation_config or self.generation_config, kwargs, whole.shape[1] - short)
+        outputs = self._generate(None, generation_config, **given)
+        sequences = outputs if isinstance(outputs, torch.Tensor) else outputs.sequences
+        prompts = whole.repeat_interleave(len(sequences) // len(whole), dim=0)
+        sequences = torch.cat([prompts, sequences[:, short:]], dim=1)
+        if isinstance(outputs, torch.Tensor):
+            return sequences
+        outputs.sequences = sequences
+        return add_fields(outputs, {"image_token_mask": cut.mask})
+
+    def _generate(
+        self, inputs: torch.Tensor | None, generation_config: GenerationConfig | None, **kwargs: Any
+    ) -> ModelOutput | torch.LongTensor:
         if (features := kwargs.get("mm_encoder_outputs")) is not None:
             # transformers repeats the features for beams in the very object that it is given
             kwargs["mm_encoder_outputs"] = {name: copy(value) for name, value in features.items()}
@@ -620,7 +589,7 @@ class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
             mllm.generation_config = self.generation_config
             generate, kwargs = (
                 mllm.generate,
-                {**kwargs, **_drop_none(inputs=inputs, generation_config=generation_config)},
+                {**kwargs, **drop_none(inputs=inputs, generation_config=generation_config)},
             )
         else:
             generate, kwargs = super().generate, {**kwargs, "inputs": inputs, "generation_config": generation_config}
@@ -633,21 +602,33 @@ class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
             # the base (Mllama) encodes the photographs once for each beam: one row of each is kept
             settings = {**(generation_config or self.generation_config).to_dict(), **kwargs}
             times = max(settings[name] or 1 for name in ("num_beams", "num_return_sequences"))
-            prompts = _drop_none(**{name: kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds")})
+            prompts = drop_none(**{name: kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds")})
             rows = (len(next(iter(prompts.values()))), times, -1)
             saliency = {
                 name: None if values is None else values.unflatten(0, rows)[:, 0].flatten(0, 1)
                 for name, values in saliency.items()
             }
-        return _add_fields(outputs, saliency)
+        return add_fields(outputs, saliency)
 
-    def _maybe_prepare_encoder_kwargs_for_generation(self, *args, **kwargs) -> dict[str, Any]:
+    def _maybe_prepare_encoder_kwargs_for_generation(
+        self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any], *args, **kwargs
+    ) -> dict[str, Any]:
+        given = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
+        if (
+            given is not None
+            and given.get("image_tokens_cut") is not None
+            and model_kwargs.get("attention_mask") is None
+        ):
+            # transformers has dropped it where nothing is padded, and gaps in positions would be taken for packed texts
+            model_kwargs["attention_mask"] = torch.ones_like(inputs_tensor)
         # the base knows the names of its encoder's arguments; what it returns are the `model_kwargs` of generation
         with SaliencyRecorder(self.model) as recorder:
-            prepared = self.model.mllm._maybe_prepare_encoder_kwargs_for_generation(*args, **kwargs)
+            prepared = self.model.mllm._maybe_prepare_encoder_kwargs_for_generation(
+                inputs_tensor, model_kwargs, *args, **kwargs
+            )
         features = (prepared.get("mm_encoder_outputs") or {}).get("image")  # not there for videos alone
         if features is not None and "saliency_maps" not in features:
-            prepared["mm_encoder_outputs"]["image"] = _add_fields(features, recorder.saliency())
+            prepared["mm_encoder_outputs"]["image"] = add_fields(features, recorder.saliency())
         return prepared
 
     def prepare_inputs_for_generation(self, **kwargs) -> dict[str, Any]:

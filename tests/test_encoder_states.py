@@ -168,7 +168,7 @@ def test_a_saved_model_is_not_probed_again(tmp_path, monkeypatch):
     model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())["iasm_config"]
     assert (saved["encoder_layers"], saved["encoder_hidden_sizes"], saved["encoder_prefix_length"]) == ([0], [32], 1)
-    monkeypatch.setattr("ase_mllm.modeling_ase.probe_places", None)
+    monkeypatch.setattr("ase_mllm.image_encoders.probe_places", None)
     loaded = ASEForConditionalGeneration.from_pretrained(tmp_path)
     assert torch.equal(loaded(**make_inputs()).logits, model(**make_inputs()).logits)
 

@@ -10,8 +10,9 @@ from families import FAMILIES, Family, text_inputs
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from ase_mllm import ASEForConditionalGeneration
+from ase_mllm.encoder_context import SALIENCY_OUTPUTS, SaliencyRecorder
 from ase_mllm.image_encoders import find_image_encoder
-from ase_mllm.modeling_ase import SALIENCY_OUTPUTS
+from ase_mllm.image_tokens import token_grids
 from ase_mllm.photometry import SALIENCY_STRIDE
 
 
@@ -22,6 +23,7 @@ NEW_TOKENS = 4
 class Case:
     """A family's base with its fresh graft (one set of weights) and a graft with open gates."""
 
+    name: str
     family: Family
     base: PreTrainedModel
     fresh: ASEForConditionalGeneration
@@ -51,7 +53,7 @@ def case(request) -> Case:
     family = FAMILIES[request.param]
     base = noisy_base(family)
     fresh = graft(copy.deepcopy(base))
-    return Case(family, base, fresh, open_gates(copy.deepcopy(fresh)))
+    return Case(request.param, family, base, fresh, open_gates(copy.deepcopy(fresh)))
 
 
 def generate(model: PreTrainedModel, inputs: dict[str, torch.Tensor], **options):
@@ -273,3 +275,132 @@ def test_maps_come_back_at_the_aspect_ratio_of_what_was_seen(case):
         assert (height, width) == (resized[2] // SALIENCY_STRIDE, resized[3] // SALIENCY_STRIDE)
         torch.testing.assert_close(saliency_map[:height, :width].sum(), torch.tensor(1.0))
         assert (saliency_map > 0).sum() == height * width
+
+
+# A budget of image tokens ---------------------------------------------------------------------------------------------
+
+# whose image tokens are queries, rows with ends of their own, none in the prompt, or a column of means
+REFUSED = {"blip-2": "queries", "llava_next": "rows with ends", "llava_onevision": "rows with ends"}
+REFUSED |= {"mllama": "no image tokens", "florence2": "queries"}
+RECURRENT = {"lfm2_vl", "qwen3_5", "minicpmv4_6"}  # states pass over what a mask would hide
+
+
+@pytest.fixture
+def cut_case(case) -> Case:
+    if case.name in REFUSED:
+        pytest.skip("has no tokens to choose from")
+    return case
+
+
+@torch.no_grad()
+def test_a_base_without_tokens_of_places_is_refused_in_words(case):
+    if case.name not in REFUSED:
+        pytest.skip("has such tokens")
+    options = {"max_new_tokens": 1} if case.name != "mllama" else {}
+    for call in (case.fused, lambda **inputs: case.fused.generate(**inputs, **options)):
+        with pytest.raises(ValueError, match=f"image_token_budget.*{REFUSED[case.name]}"):
+            call(**case.inputs(), image_token_budget=0.5)
+
+
+@torch.no_grad()
+def test_the_whole_budget_is_no_budget(cut_case):
+    inputs = cut_case.inputs()
+    assert torch.equal(cut_case.fused(**inputs, image_token_budget=1.0).logits, cut_case.fused(**inputs).logits)
+    assert torch.equal(generate(cut_case.fused, inputs, image_token_budget=1.0), generate(cut_case.fused, inputs))
+
+
+@torch.no_grad()
+def test_what_is_taken_out_is_as_if_it_were_masked(cut_case):
+    inputs = cut_case.inputs()
+    cut = cut_case.fused(**inputs, image_token_budget=0.5)
+    is_image = inputs["input_ids"] == cut_case.fused.config.image_token_id
+    assert (cut.image_token_mask | is_image).all() and not cut.image_token_mask[is_image].all()
+    assert cut.logits.shape[:2] == inputs["input_ids"].shape
+    given = {name: value for name, value in inputs.items() if name != "pixel_values"}
+    positions = cut_case.base._prepare_position_ids_for_generation(inputs["input_ids"], given)
+    mask = inputs["attention_mask"] * cut.image_token_mask
+    masked = cut_case.fused(**{**inputs, "attention_mask": mask, "position_ids": positions})
+    difference = (masked.logits - cut.logits)[mask.bool()].abs().max()
+    assert (difference < 1e-5) == (cut_case.name not in RECURRENT)
+
+
+@torch.no_grad()
+def test_a_cut_prompt_is_gone_on_from(cut_case):
+    inputs, model = cut_case.inputs(), cut_case.fused
+    options = {"image_token_budget": 0.5, "output_logits": True, "return_dict_in_generate": True}
+    cached, uncached = (generate(model, inputs, use_cache=use, **options) for use in (True, False))
+    length = inputs["input_ids"].shape[1]
+    assert torch.equal(cached.sequences[:, :length], inputs["input_ids"])
+    assert cached.sequences.shape[1] <= length + NEW_TOKENS and torch.equal(cached.sequences, uncached.sequences)
+    forward = model(**inputs, image_token_budget=0.5)
+    torch.testing.assert_close(cached.logits[0], forward.logits[:, -1].float(), atol=1e-5, rtol=1e-4)
+    for one, other in zip(cached.logits, uncached.logits):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    assert torch.equal(cached.image_token_mask, forward.image_token_mask)
+    for name in SALIENCY_OUTPUTS:
+        assert cached.get(name) is None or torch.equal(cached[name], forward[name])
+    limited = generate(model, inputs, image_token_budget=0.5, max_new_tokens=None, max_length=length + NEW_TOKENS)
+    assert torch.equal(limited, cached.sequences)
+
+
+@torch.no_grad()
+def test_features_within_a_budget_serve_many_prompts(cut_case):
+    inputs, model = cut_case.inputs(), cut_case.fused
+    given = model.model._image_arguments(inputs)
+    features = model.get_image_features(**given, image_token_budget=0.5)
+    others = {name: value for name, value in inputs.items() if name != "pixel_values"}
+    for options in ({}, {"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}):
+        expected = generate(model, inputs, image_token_budget=0.5, **options)
+        for _ in range(2):
+            assert torch.equal(generate(model, others, mm_encoder_outputs={"image": features}, **options), expected)
+    torch.testing.assert_close(
+        model(**others, mm_encoder_outputs={"image": features}).logits, model(**inputs, image_token_budget=0.5).logits
+    )
+
+
+@torch.no_grad()
+def test_a_photograph_is_cut_alone_as_in_a_batch(cut_case):
+    both = cut_case.fused(**cut_case.inputs(), image_token_budget=0.5)
+    for i, image in enumerate(cut_case.images()):
+        alone = cut_case.fused(**cut_case.family.inputs([image]), image_token_budget=0.5)
+        torch.testing.assert_close(alone.logits[0, -1], both.logits[i, -1], atol=1e-5, rtol=1e-4)
+
+
+def test_a_cut_prompt_is_learned_from(cut_case):
+    """The loss is that of the logits that are returned, as outside of the model others compute it."""
+    inputs, model = cut_case.inputs(), copy.deepcopy(cut_case.fused)
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] < 20, -100)
+    outputs = model(**inputs, labels=labels, image_token_budget=0.5)
+    expected = torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+    torch.testing.assert_close(outputs.caption_loss, expected, atol=1e-5, rtol=1e-4)
+    outputs.loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert any(p.grad is not None and p.grad.any() for p in model.model.fusions.parameters())
+
+
+def test_tokens_stand_where_their_budget_takes_them_to_stand(cut_case):
+    """What a token's feature changes with most are the pixels of its own place."""
+    inputs, model = cut_case.inputs(), cut_case.fresh
+    given = model.model._image_arguments(inputs)
+    given["pixel_values"] = given["pixel_values"].clone().requires_grad_()
+    recorder = SaliencyRecorder(model.model, keep_inputs=True)
+    with recorder:
+        pooled = model.model.mllm.base_model.get_image_features(**given, return_dict=True).pooler_output
+    flat = torch.cat([one.flatten(0, -2) for one in pooled])
+    grids = token_grids(model.config.mllm_config, recorder.sizes, len(flat))
+    starts = [sum(rows * columns for rows, columns in grids[:i]) for i in range(len(grids))]
+    right = []
+    for image, (start, (rows, columns)) in enumerate(zip(starts, grids)):
+        for place in {0, columns - 1, rows * columns // 2, rows * columns - 1}:
+            (gradient,) = torch.autograd.grad(
+                flat[start + place].square().sum(), given["pixel_values"], retain_graph=True
+            )
+            # some take a tile of zeros for none: none of the others may look like it
+            gradient = gradient.where((gradient != 0) | (given["pixel_values"] == 0), 1e-12)
+            with torch.no_grad(), SaliencyRecorder(model.model, keep_inputs=True) as read:
+                # the encoder's own reader arranges the gradient as it does pixels
+                model.model.mllm.base_model.get_image_features(**{**given, "pixel_values": gradient}, return_dict=True)
+            ((images, _),) = read.inputs
+            moved = torch.nn.functional.adaptive_avg_pool2d(images[image].abs().sum(0)[None], (rows, columns))
+            right.append(int(moved.argmax()) == place)
+    assert sum(right) >= 0.9 * len(right), right

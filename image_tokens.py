@@ -1,0 +1,204 @@
+"""An image token budget: which tokens of a picture the language model is handed, and prompts without the others.
+
+A prompt holds a placeholder for every image token. Those that are not chosen are taken out of it before the language model
+runs, each of the others keeps the position that it had, and what comes out has the full length again. Needs no attention
+weights. Greedy determinantal selection is that of Chen et al. (arXiv 1709.05135); that its quality is the saliency map is
+this project's choice, and whether that beats coverage alone is measured, not assumed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import isqrt
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import GenerationConfig, PreTrainedConfig
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+
+RIDGE = 1e-3  # of what no other token has: keeps choosing where there are more tokens than dimensions
+QUALITY_POWER = 0.5  # of saliency in a diverse selection: more of it leaves the ground unseen
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which tokens are kept
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def kept_number(tokens: int, budget: float | int) -> int:
+    return min(tokens, max(1, round(tokens * budget) if isinstance(budget, float) else budget))
+
+
+def token_grids(config: PreTrainedConfig, sizes: list[tuple[int, int]], tokens: int) -> list[tuple[int, int]]:
+    """
+    Rows and columns of the tokens of each image, from the sizes in pixels that the encoder got.
+
+    Tokens stand for equal squares, row by row, in all models where every image has as many as its area says.
+
+    Raises:
+        ValueError: where that is not so, so that nothing is known of which token is where.
+    """
+    area = sum(height * width for height, width in sizes)
+    side = isqrt(area // tokens) if tokens else 0
+    whole = side and side**2 * tokens == area and all(h % side == 0 and w % side == 0 for h, w in sizes)
+    if not whole or "qformer_config" in config.sub_configs:  # whose tokens are queries that look everywhere
+        raise ValueError(
+            f"`image_token_budget` needs image tokens that stand for places of the picture; {config.model_type} made {tokens} "
+            f"of {len(sizes)} images of {sorted(set(sizes))} pixels, which are none (queries, or rows with ends of their own)."
+        )
+    return [(height // side, width // side) for height, width in sizes]
+
+
+def choose_tokens(
+    features: torch.Tensor,
+    saliency_maps: list[torch.Tensor],
+    grids: list[tuple[int, int]],
+    budget: float | int,
+    selection: str,
+) -> torch.Tensor:
+    """
+    Which of the image tokens are kept, `(tokens,)`, for `features` `(tokens, size)` of all images one after the other.
+
+    Args:
+        saliency_maps: Of each image, `(h, w)`; a map counts within its own image only.
+        grids: Rows and columns of each image's tokens.
+    """
+    parts = features.split([rows * columns for rows, columns in grids])
+    kept: list[torch.Tensor | None] = [None] * len(parts)
+    for grid in dict.fromkeys(grids):  # one batch for all images of one size
+        chosen = [i for i, one in enumerate(grids) if one == grid]
+        number = kept_number(grid[0] * grid[1], budget)
+        quality = torch.stack([F.adaptive_avg_pool2d(saliency_maps[i][None].float(), grid).flatten() for i in chosen])
+        batch = torch.stack([parts[i] for i in chosen])
+        indices = _SELECT[selection](batch, quality, number)
+        mask = torch.zeros(quality.shape, dtype=torch.bool, device=features.device).scatter_(1, indices, True)
+        for i, one in zip(chosen, mask):
+            kept[i] = one
+    return torch.cat(kept)
+
+
+def _uniform(features: torch.Tensor, quality: torch.Tensor, number: int) -> torch.Tensor:
+    tokens = quality.shape[1]
+    places = torch.arange(number, device=quality.device) * tokens // number + tokens // (2 * number)
+    return places.expand(len(quality), -1)
+
+
+def _salient(features: torch.Tensor, quality: torch.Tensor, number: int) -> torch.Tensor:
+    return quality.topk(number, dim=1).indices
+
+
+def _diverse(features: torch.Tensor, quality: torch.Tensor, number: int) -> torch.Tensor:
+    """Greedy maximum of a determinantal point process: features that differ, salient ones rather; `(n, number)`."""
+    features = F.normalize(features.detach().float(), dim=-1)
+    weight = (quality / quality.mean(1, keepdim=True).clamp(min=1e-9)).clamp(min=1e-3) ** QUALITY_POWER
+    likeness = features @ features.transpose(1, 2) + RIDGE * torch.eye(features.shape[1], device=features.device)
+    kernel = weight[:, :, None] * likeness * weight[:, None]
+    gains = kernel.diagonal(dim1=1, dim2=2).clone()
+    rows = torch.arange(len(kernel), device=kernel.device)
+    spans = kernel.new_zeros(len(kernel), number, kernel.shape[1])  # rows of the kernel's Cholesky factor
+    chosen = []
+    for step in range(number):
+        best = gains.argmax(1)
+        chosen.append(best)
+        known = spans[:, :step]
+        rest = kernel[rows, best] - (known * known[rows, :, best].unsqueeze(-1)).sum(1)
+        spans[:, step] = rest / gains[rows, best].clamp(min=1e-9).sqrt().unsqueeze(-1)
+        gains = gains - spans[:, step].square()
+        gains[rows, torch.stack(chosen, dim=0)] = -torch.inf
+    return torch.stack(chosen, dim=1)
+
+
+_SELECT: dict[str, Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]] = {
+    "diverse": _diverse,
+    "uniform": _uniform,
+    "saliency": _salient,
+}
+
+
+def cut_features(outputs: BaseModelOutputWithPooling, kept: torch.Tensor) -> BaseModelOutputWithPooling:
+    """A base's image features with the kept tokens alone, in the form that they had; those for deeper layers as well."""
+    outputs.pooler_output = _cut_tokens(outputs.pooler_output, kept)
+    if outputs.get("deepstack_features") is not None:
+        outputs.deepstack_features = [_cut_tokens(one, kept) for one in outputs.deepstack_features]
+    return outputs
+
+
+def _cut_tokens(tokens: torch.Tensor | list[torch.Tensor] | tuple[torch.Tensor, ...], kept: torch.Tensor):
+    """Of `(images, n, size)`, as many of each image, or of one `(n, size)` an image or sample."""
+    if isinstance(tokens, torch.Tensor):
+        return tokens.flatten(0, -2)[kept].unflatten(0, (len(tokens), -1))
+    return type(tokens)(one[mask] for one, mask in zip(tokens, kept.split([len(one) for one in tokens])))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The prompt without the others
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PromptCut:
+    """
+    A batch of prompts without some of their tokens.
+
+    Args:
+        mask: `(batch, sequence)`, what is kept of the whole.
+        places: `(batch, shorter)`, where each place of the shorter rows is found in the whole.
+        is_padding: `(batch, shorter)`, places that were added for rows to have one length.
+    """
+
+    mask: torch.Tensor
+    places: torch.Tensor
+    is_padding: torch.Tensor
+
+    def gather(self, values: torch.Tensor, padding: int) -> torch.Tensor:
+        """`(..., batch, sequence)` to the shorter sequence; one row stands for all of a batch."""
+        places = self.places.expand(*values.shape[:-2], *self.places.shape)
+        return values.expand(*places.shape[:-1], -1).gather(-1, places).masked_fill(self.is_padding, padding)
+
+    def restore(self, values: torch.Tensor) -> torch.Tensor:
+        """
+        `(batch, shorter, size)` to the whole sequence; what was taken out gets what stood before it.
+
+        So the first token after a picture is still told by the place before it.
+        """
+        before = (self.mask.cumsum(1) - 1).clamp(min=0)
+        first = self.is_padding.long().cumprod(1).sum(1, keepdim=True)  # padding on the left
+        index = (before + first).clamp(max=values.shape[1] - 1)
+        return values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
+
+
+def cut_prompt(mask: torch.Tensor, pad_left: torch.Tensor | bool) -> PromptCut:
+    """Rows `(batch, sequence)` with `mask` of what is kept; shorter ones are padded on the left, or on the right."""
+    counts = mask.sum(1, keepdim=True)
+    longest = int(counts.max())
+    # kept places first, in their order
+    order = (~mask).to(torch.int8).argsort(dim=1, stable=True)[:, :longest]
+    slots = torch.arange(longest, device=mask.device)
+    shift = torch.where(torch.as_tensor(pad_left, device=mask.device), longest - counts, 0)
+    source = slots - shift
+    is_padding = (source < 0) | (source >= counts)
+    return PromptCut(mask, order.gather(1, source.clamp(0, longest - 1)), is_padding)
+
+
+def pads_left(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Whether any row of a batch is padded on its left, as prompts for generation are."""
+    return (attention_mask[:, 0] == 0).any()
+
+
+def cut_inputs(inputs: dict[str, Any], cut: PromptCut, padding: int) -> dict[str, Any]:
+    """All inputs of the shape of the prompt, without what is taken out."""
+    shape = cut.mask.shape
+    fills = {"input_ids": padding, "labels": -100, "shift_labels": -100}
+    return {
+        name: cut.gather(value, fills.get(name, 0))
+        if isinstance(value, torch.Tensor) and value.shape == shape
+        else value
+        for name, value in inputs.items()
+    }
+
+
+def shorter_limits(config: GenerationConfig, kwargs: dict[str, Any], less: int) -> dict[str, int]:
+    """Limits that count the prompt too, for one that is shorter by so many tokens."""
+    limits = {name: kwargs.get(name, getattr(config, name)) for name in ("max_length", "min_length")}
+    return {name: limit - less for name, limit in limits.items() if limit}
