@@ -2,6 +2,7 @@
 
 import base64
 import difflib
+import functools
 import json
 import os
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from PIL import Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageFilter, ImageOps
+from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 from transformers import BatchFeature, ProcessorMixin
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.image_processing_base import ImageProcessingMixin
@@ -50,7 +52,8 @@ def read_photograph(photo: str | os.PathLike | bytes | Image.Image, longest_side
     A photograph as people see it: upright, sRGB, 8 bits a colour, what is transparent over white.
 
     Everything of this package that looks at photographs reads them so. A plain `convert("RGB")` makes 16 bits white or
-    black, shows what transparency hides, and takes wide colours for pale ones.
+    black, shows what transparency hides, and takes wide colours for pale ones. These are known by their profile, or by
+    the mark that cameras set for Adobe RGB.
 
     Args:
         photo: A file's path or content, or an opened image.
@@ -58,6 +61,7 @@ def read_photograph(photo: str | os.PathLike | bytes | Image.Image, longest_side
 
     Raises:
         OSError: of Pillow, if it is no picture or cut short.
+        ReducedCopyError: an `OSError` too, if only a small copy of the photograph can be seen, as in raw files.
     """
     if isinstance(photo, bytes):
         photo = BytesIO(photo)
@@ -66,8 +70,9 @@ def read_photograph(photo: str | os.PathLike | bytes | Image.Image, longest_side
             if longest_side is not None:
                 opened.draft("RGB", (longest_side, longest_side))  # a large JPEG is decoded small
             return read_photograph(opened, longest_side)
-    profile = photo.info.get("icc_profile")
-    image = ImageOps.exif_transpose(photo)
+    _refuse_reduced_copy(photo)
+    profile, wide = photo.info.get("icc_profile"), _says_adobe_rgb(photo)
+    image = _upright(photo)
     if image.mode.startswith(("I", "F")):  # convert() would clip these at 255
         image = _to_eight_bits(image)
     if image.has_transparency_data:
@@ -84,17 +89,91 @@ def read_photograph(photo: str | os.PathLike | bytes | Image.Image, longest_side
             image = ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
         except (ImageCms.PyCMSError, OSError):
             pass  # a broken profile, or one of another mode: the plain colours are the best guess
-        image.info.pop("icc_profile", None)
-    return image.convert("RGB")
+    elif wide and image.mode == "RGB":
+        image = image.filter(_adobe_rgb_to_srgb())
+    image = image.convert("RGB")
+    for said in ("icc_profile", "exif"):  # of the colours that are no more: read again, it would be done twice
+        image.info.pop(said, None)
+    return image
+
+
+class ReducedCopyError(OSError):
+    """A file in which Pillow sees no more than a small copy of the photograph, as in most cameras' raw files."""
+
+
+def _refuse_reduced_copy(photo: Image.Image):
+    if not isinstance(photo, TiffImageFile):
+        return
+    tags, (width, height) = photo.tag_v2, photo.size
+    larger = [size for size in _sub_image_sizes(photo) if size[0] * size[1] > width * height]
+    reduced = tags.get(254, 0) & 1 or tags.get(255) == 2  # NewSubfileType, SubfileType
+    if reduced or larger or 50706 in tags:  # DNGVersion
+        raise ReducedCopyError(
+            f"a camera's raw file or a reduced copy, of which only a preview of {width} × {height} pixels can be seen "
+            "here: export the photograph as JPEG or TIFF, or use a raw reader (caption_photos.py has one: pip install "
+            "rawpy)"
+        )
+
+
+def _sub_image_sizes(photo: TiffImageFile) -> list[tuple[int, int]]:
+    """Width and height of the images that a TIFF keeps below its first one."""
+    offsets = photo.tag_v2.get(330, ())  # SubIFDs
+    if photo.fp is None:  # read already
+        return []
+    place, sizes = photo.fp.tell(), []
+    for offset in (offsets,) if isinstance(offsets, int) else offsets:
+        tags = ImageFileDirectory_v2(b"II*\0\0\0\0\0" if photo.tag_v2.prefix == b"II" else b"MM\0*\0\0\0\0")
+        try:
+            photo.fp.seek(offset)
+            tags.load(photo.fp)
+            sizes.append((int(tags.get(256, 0)), int(tags.get(257, 0))))
+        except Exception:  # Pillow raises nearly anything on damaged tags, and these are no part of the picture
+            continue
+    photo.fp.seek(place)
+    return sizes
+
+
+def _upright(photo: Image.Image) -> Image.Image:
+    photo.load()  # NOTE: outside of the guard, what is cut short must be an error
+    try:
+        return ImageOps.exif_transpose(photo)
+    except Exception:  # Pillow raises nearly anything on broken EXIF, which must not cost a good photograph
+        return photo.copy()
+
+
+def _says_adobe_rgb(photo: Image.Image) -> bool:
+    """Whether its EXIF has the mark by which cameras say Adobe RGB without a profile."""
+    try:
+        return photo.getexif().get_ifd(ExifTags.IFD.Interop).get(1, "").strip("\0 ") == "R03"
+    except Exception:  # Pillow raises nearly anything on broken EXIF
+        return False
+
+
+@functools.cache
+def _adobe_rgb_to_srgb() -> ImageFilter.Color3DLUT:
+    """A table of colours: linear light by Adobe's curve, its primaries in sRGB's, and sRGB's curve again."""
+    matrix = np.array([[1.39836, -0.39836, 0], [0, 1, 0], [0, -0.04293, 1.04293]])
+
+    def convert(*rgb: float) -> tuple[float, ...]:
+        linear = (matrix @ np.power(rgb, 563 / 256)).clip(0, 1)
+        return tuple(np.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055))
+
+    return ImageFilter.Color3DLUT.generate(33, convert)
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Greyscale of 16 or 32 bits or of floating point: full white is what its numbers reach for."""
-    values = np.nan_to_num(np.asarray(image, dtype=np.float32))
+    """
+    Greyscale of 16 or 32 bits or of floating point: full white is what its numbers reach for.
+
+    A few numbers that are none, infinite or far above the others (hot pixels, sparkling light) do not darken the rest.
+    """
+    values = np.asarray(image, dtype=np.float32)
+    finite = values[np.isfinite(values)]
     whites = [1, 255, 65535] if image.mode == "F" else [255, 65535]
-    brightest = float(values.max(initial=0))
+    brightest = float(np.percentile(finite, 99.9, method="higher")) if finite.size else 0.0
     white = 65535 if image.mode.startswith("I;16") else next((w for w in whites if brightest <= w), brightest)
-    return Image.fromarray((values / white * 255).clip(0, 255).round().astype(np.uint8))
+    values = np.nan_to_num(values, posinf=white, neginf=0).clip(0, white)
+    return Image.fromarray((values / white * 255).round().astype(np.uint8))
 
 
 def image_normalisation(name_or_path: str, **kwargs: Any) -> dict[str, list[float]]:
@@ -328,6 +407,28 @@ class ASEProcessor(ProcessorMixin):
         colours = np.stack([np.interp(values, steps, HEAT_COLOURS[:, channel]) for channel in range(3)], axis=-1)
         alpha = (opacity * np.sqrt(values))[..., None]
         return Image.fromarray((photo * (1 - alpha) + colours * alpha).round().astype(np.uint8))
+
+    def post_process_image_tokens(self, outputs: ModelOutput, input_ids: torch.Tensor) -> list[torch.Tensor]:
+        """
+        Which image tokens a budget has kept: one boolean `(rows, columns)` an image of the encoder.
+
+        `outputs` are a forward's or `generate(..., return_dict_in_generate=True)`'s within an `image_token_budget`, and
+        `input_ids` its prompts `(batch, sequence)`.
+        """
+        if outputs.get("image_token_mask") is None:
+            raise ValueError("These outputs are of no `image_token_budget`: every image token was kept.")
+        kept = outputs.image_token_mask[input_ids.to(outputs.image_token_mask.device) == self.image_token_id]
+        grids = outputs.image_token_grids.tolist()
+        return [one.view(*grid) for one, grid in zip(kept.split([rows * columns for rows, columns in grids]), grids)]
+
+    def overlay_image_tokens(self, image: Image.Image, kept: torch.Tensor) -> Image.Image:
+        """The photograph with the places dark whose tokens `(rows, columns)` the language model was not handed."""
+        dark = Image.fromarray((~kept.cpu().numpy() * 190).astype(np.uint8))
+        top, left, bottom, right = self._seen_box(image.height, image.width)
+        seen = dark.resize((max(1, round(right - left)), max(1, round(bottom - top))), Image.Resampling.NEAREST)
+        mask = Image.new("L", image.size, 190)
+        mask.paste(seen, (round(left), round(top)))
+        return Image.composite(Image.new("RGB", image.size), image.convert("RGB"), mask)
 
     def post_process_scores(self, outputs: ModelOutput) -> list[dict[str, float]]:
         """Mean and standard deviation of each image's distribution of scores, on the scale 1 (worst) to 10 (best)."""

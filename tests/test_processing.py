@@ -4,18 +4,20 @@ import base64
 import copy
 import json
 import pickle
+import struct
 
 import numpy as np
 import pytest
 import torch
 from conftest import ASPECTS, IMAGE_TOKENS, tiny_model, tiny_processor
-from PIL import Image, ImageCms, ImageDraw
+from PIL import ExifTags, Image, ImageCms, ImageDraw
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoProcessor, AutoTokenizer, LlavaImageProcessorPil, LlavaProcessor
 from transformers.modeling_outputs import ModelOutput
 
 from ase_mllm import ASEDataCollator, ASEProcessor, read_photograph
-from ase_mllm.processing_ase import AESTHETIC_PROMPTS
+from ase_mllm.processing_ase import AESTHETIC_PROMPTS, ReducedCopyError
 
 
 def photo(colour: str = "orange", size: tuple[int, int] = (40, 30)) -> Image.Image:
@@ -205,6 +207,70 @@ def test_bright_and_dark_pictures_of_floating_point_stay_so():
         image = read_photograph(Image.fromarray(np.array([values], dtype=np.float32)))
         assert [image.getpixel((x, 0))[0] for x in (0, 1)] == expected
     assert read_photograph(Image.fromarray(np.array([[np.nan, 1]], dtype=np.float32))).getpixel((0, 0)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf, 3e38, -3e38, 1e4])
+def test_one_odd_number_darkens_no_picture(odd, tmp_path):
+    """A division by zero, a hot pixel or a spark in a picture of floating point."""
+    values = np.full((50, 50), 0.5, dtype=np.float32)
+    values[3, 4] = odd
+    Image.fromarray(values).save(tmp_path / "odd.tif")
+    image = np.asarray(read_photograph(tmp_path / "odd.tif"))
+    assert (image == 128).all(axis=-1).sum() == values.size - 1
+
+
+def test_camera_s_adobe_rgb_without_a_profile_is_converted(tmp_path):
+    """Of the published primaries and curve: half green of Adobe RGB is out of sRGB, grey stays grey."""
+    exif = Image.Exif()
+    exif.get_ifd(ExifTags.IFD.Exif).update({ExifTags.Base.ColorSpace: 0xFFFF, ExifTags.IFD.Interop: {1: "R03"}})
+    for colour, expected in (
+        ((128, 128, 128), (127, 127, 127)),
+        ((200, 100, 50), (227, 99, 42)),
+        ((60, 200, 60), (0, 200, 37)),
+    ):
+        Image.new("RGB", (32, 32), colour).save(tmp_path / "wide.jpg", exif=exif, quality=100, subsampling=0)
+        wide = read_photograph(tmp_path / "wide.jpg")
+        assert np.abs(np.array(wide.getpixel((9, 9))) - expected).max() <= 3, colour
+        assert read_photograph(wide).tobytes() == wide.tobytes()  # once, however often it is read
+        Image.new("RGB", (32, 32), colour).save(tmp_path / "plain.jpg", quality=100, subsampling=0)
+        assert np.abs(np.array(read_photograph(tmp_path / "plain.jpg").getpixel((9, 9))) - colour).max() <= 2
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data:UserWarning")
+@pytest.mark.parametrize("exif", [b"Exif\0\0junk", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12", b"Exif\0\0II*\0"])
+def test_broken_exif_costs_no_photograph(exif, tmp_path):
+    scene().save(tmp_path / "odd.jpg", exif=exif, quality=95)
+    assert read_photograph(tmp_path / "odd.jpg").size == scene().size
+
+
+@pytest.mark.parametrize(
+    "tags", [{254: 1}, {255: 2}, {50706: b"\1\4\0\0"}, {330: (600, 400)}], ids=["NEF", "old", "DNG", "sub-image"]
+)
+def test_a_preview_is_never_taken_for_the_photograph(tags, tmp_path):
+    """In a camera's raw file Pillow sees the small copy alone."""
+    written = ImageFileDirectory_v2()
+    larger = tags.pop(330, None)
+    for tag, value in tags.items():
+        written[tag] = value
+        if tag == 50706:
+            written.tagtype[tag] = 1  # bytes
+    if larger:
+        written[330] = 0
+        written.tagtype[330] = 4
+    scene().save(tmp_path / "photo.nef", format="TIFF", tiffinfo=written)
+    if larger:
+        content = bytearray((tmp_path / "photo.nef").read_bytes())
+        place = content.index(struct.pack("<HHI", 330, 4, 1))
+        content[place + 8 : place + 12] = struct.pack("<I", len(content))
+        sides = [struct.pack("<HHII", tag, 4, 1, side) for tag, side in zip((256, 257), larger)]
+        (tmp_path / "photo.nef").write_bytes(bytes(content) + struct.pack("<H", 2) + b"".join(sides) + bytes(4))
+        smaller = bytes(content) + struct.pack("<H", 2) + sides[0] + struct.pack("<HHII", 257, 4, 1, 3) + bytes(4)
+        (tmp_path / "pyramid.tif").write_bytes(smaller)
+        assert read_photograph(tmp_path / "pyramid.tif").size == (60, 40)  # its own reduced copies lie below it
+    with pytest.raises(ReducedCopyError, match=r"60 × 40 pixels can be seen .* rawpy"):
+        read_photograph(tmp_path / "photo.nef")
+    with Image.open(tmp_path / "photo.nef") as opened, pytest.raises(ReducedCopyError):
+        read_photograph(opened, longest_side=30)
 
 
 def test_large_photographs_are_reduced_and_the_caller_s_stays(tmp_path):
