@@ -145,11 +145,17 @@ class PromptCut:
         mask: `(batch, sequence)`, what is kept of the whole.
         places: `(batch, shorter)`, where each place of the shorter rows is found in the whole.
         is_padding: `(batch, shorter)`, places that were added for rows to have one length.
+        grids: `(images, 2)`, rows and columns of the tokens of each image of the encoder.
     """
 
     mask: torch.Tensor
     places: torch.Tensor
     is_padding: torch.Tensor
+    grids: torch.Tensor | None = None
+
+    def fields(self) -> dict[str, torch.Tensor | None]:
+        """What outputs say of the cut."""
+        return {"image_token_mask": self.mask, "image_token_grids": self.grids}
 
     def gather(self, values: torch.Tensor, padding: int) -> torch.Tensor:
         """`(..., batch, sequence)` to the shorter sequence; one row stands for all of a batch."""

@@ -213,7 +213,7 @@ class ASEModel(ASEPreTrainedModel):
             )
         fields = recorder.saliency()
         if budget is not None:
-            fields["image_tokens_kept"] = self._choose_tokens(features, fields, recorder.sizes, budget)
+            fields |= self._choose_tokens(features, fields, recorder.sizes, budget)
             features = cut_features(features, fields["image_tokens_kept"])
         return add_fields(features, fields)
 
@@ -223,12 +223,13 @@ class ASEModel(ASEPreTrainedModel):
         saliency: dict[str, torch.Tensor | None],
         sizes: list[tuple[int, int]],
         budget: float | int,
-    ) -> torch.Tensor:
+    ) -> dict[str, torch.Tensor]:
         flat = torch.cat([one.flatten(0, -2) for one in features.pooler_output])
         grids = token_grids(self.config.mllm_config, sizes, len(flat))
         maps, shapes = saliency["saliency_maps"], saliency["saliency_map_sizes"]
         maps = list(maps) if shapes is None else [one[:h, :w] for one, (h, w) in zip(maps, shapes.tolist())]
-        return choose_tokens(flat, maps, grids, budget, self.config.image_token_selection)
+        kept = choose_tokens(flat, maps, grids, budget, self.config.image_token_selection)
+        return {"image_tokens_kept": kept, "image_token_grids": torch.tensor(grids, device=kept.device)}
 
     def within_budget(self, given: dict[str, Any]) -> tuple[dict[str, Any], PromptCut | None]:
         """
@@ -263,7 +264,9 @@ class ASEModel(ASEPreTrainedModel):
         # under another name: what is cut already is not cut again
         features = add_fields(without(features, "image_tokens_kept"), {"image_tokens_cut": kept})
         given["mm_encoder_outputs"] = {**encoded, "image": features}
-        return self._cut(given, kept)
+        given, cut = self._cut(given, kept)
+        cut.grids = features.image_token_grids
+        return given, cut
 
     def _image_arguments(self, given: dict[str, Any]) -> dict[str, Any]:
         """What of a model's inputs its method for image features takes."""
@@ -337,7 +340,7 @@ class ASEModel(ASEPreTrainedModel):
         fields = recorder.saliency(mm_encoder_outputs)
         if cut is not None:
             outputs.last_hidden_state = cut.restore(outputs.last_hidden_state)
-            fields["image_token_mask"] = cut.mask
+            fields |= cut.fields()
         return add_fields(outputs, fields)
 
 
@@ -484,7 +487,8 @@ class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
             num_items_in_batch: Target tokens in all micro-batches of a training step, as the `Trainer` counts them.
             image_token_budget: In place of the configuration's, see `ASEConfig`. Logits are those of the whole prompt all
                 the same (what was taken out has those of the place before it), hidden states and attentions are not;
-                `image_token_mask` `(batch, sequence)` beside them says what was kept.
+                `image_token_mask` `(batch, sequence)` beside them says what was kept, `image_token_grids` in which rows
+                and columns an image's tokens stand.
         """
         given = drop_none(
             input_ids=input_ids,
@@ -506,7 +510,7 @@ class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
             outputs = self.model.mllm(**given)
         fields = {**recorder.saliency(mm_encoder_outputs), **dict.fromkeys(LOSS_TERMS)}
         if cut is not None:
-            fields["image_token_mask"] = cut.mask
+            fields |= cut.fields()
             if isinstance(logits_to_keep, int | None) and not logits_to_keep:
                 outputs.logits = cut.restore(outputs.logits)
         result = add_fields(outputs, fields)
@@ -575,7 +579,7 @@ class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
         if isinstance(outputs, torch.Tensor):
             return sequences
         outputs.sequences = sequences
-        return add_fields(outputs, {"image_token_mask": cut.mask})
+        return add_fields(outputs, cut.fields())
 
     def _generate(
         self, inputs: torch.Tensor | None, generation_config: GenerationConfig | None, **kwargs: Any

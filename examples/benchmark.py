@@ -39,6 +39,7 @@ PUBLISHED = {
 }
 DTYPES = {"mini": torch.float32, "vit-s-224": torch.float32, "clip-l-336": torch.bfloat16}
 PROMPT_TOKENS = 64
+BUDGETS = (0.5, 0.25, 0.11)  # shares of the image tokens
 MARKS = "<!-- benchmark: written by examples/benchmark.py -->", "<!-- end of benchmark -->"
 
 
@@ -82,7 +83,12 @@ def count_published(family: str, settings: dict, image_size: tuple[int, int], im
     text = parameters(model.get_decoder()) - parameters(model.get_input_embeddings())
     operations = 2 * (parameters(vision) * patches + text * (image_tokens + PROMPT_TOKENS))
     ours = parameters(model.iasm) + parameters(model.fusions)
+    shares = {}
+    for budget in BUDGETS:
+        kept = operations - 2 * text * round((1 - budget) * image_tokens) + added
+        shares[f"flops_ratio_at_{budget:g}"] = kept / operations
     return {
+        **shares,
         "parameters": parameters(model.mllm),
         "added_parameters": ours,
         "parameters_ratio": 1 + ours / parameters(model.mllm),
@@ -151,10 +157,10 @@ def prefill(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> Callable
     return torch.no_grad()(lambda: model(**inputs, logits_to_keep=1))
 
 
-def decode(model: PreTrainedModel, inputs: dict[str, torch.Tensor], tokens: int = 8) -> Callable[[], None]:
+def decode(model: PreTrainedModel, inputs: dict[str, torch.Tensor], tokens: int = 8, **options) -> Callable[[], None]:
     """Tokens after the prefill, from a cache that is cut back each time."""
     with torch.no_grad():
-        cache = model(**inputs, use_cache=True, logits_to_keep=1).cache
+        cache = model(**inputs, **options, use_cache=True, logits_to_keep=1).cache
     length = cache.get_seq_length()
     mask = torch.ones(1, length + tokens)
 
@@ -166,6 +172,28 @@ def decode(model: PreTrainedModel, inputs: dict[str, torch.Tensor], tokens: int 
         cache.crop(-tokens)
 
     return run
+
+
+def cache_bytes(model: PreTrainedModel, inputs: dict[str, torch.Tensor], **options) -> int:
+    """Keys and values of a prompt and its image."""
+    with torch.no_grad():
+        cache = model(**inputs, **options, use_cache=True, logits_to_keep=1).cache
+    return sum(states.nbytes for layer in cache.layers for states in (layer.keys, layer.values))
+
+
+def measure_budgets(models: dict, inputs: dict, repeats: int) -> dict[str, dict[str, float]]:
+    """Prefill, decoding and cache within each budget of image tokens, beside the base with all of them."""
+    results, base = {}, (models["base"], inputs["base"])
+    for budget in BUDGETS:
+        options = {"image_token_budget": budget}
+        graft = models["graft"], {**inputs["graft"], **options}
+        share = f"{budget:.0%} of the image tokens"
+        results[f"prefill, {share}"] = ratio({"base": prefill(*base), "graft": prefill(*graft)}, repeats)
+        decoding = {"base": decode(*base), "graft": decode(models["graft"], inputs["graft"], **options)}
+        results[f"decode, {share}"] = ratio(decoding, repeats)
+        sizes = {"base": cache_bytes(*base), "graft": cache_bytes(models["graft"], inputs["graft"], **options)}
+        results[f"memory of the cache, {share}"] = {**sizes, "ratio": sizes["graft"] / sizes["base"]}
+    return results
 
 
 def training_step(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> Callable[[], None]:
@@ -207,7 +235,7 @@ def measure_times(folder: Path, repeats: int) -> dict[str, dict[str, float]]:
     for task in (prefill, decode, training_step):
         runs = {name: task(model, inputs[name]) for name, model in models.items()}
         results[task.__name__] = ratio(runs, repeats)
-    return results
+    return results | measure_budgets(models, inputs, repeats)
 
 
 def peak_memory(folder: Path, task: str) -> int:
@@ -246,20 +274,23 @@ def render(timed: dict[str, dict], published: dict[str, dict], about: str) -> st
     for name, rows in timed.items():
         lines += [f"**{name}**", "", "| | base | with saliency | ratio |", "|---|---|---|---|"]
         for task, row in rows.items():
-            unit = "{:.0f} MB" if task.startswith("memory") else "{:.4g} s"
+            unit = "{:.3g} MB" if task.startswith("memory") else "{:.4g} s"
             scale = 1e-6 if task.startswith("memory") else 1
             cells = [unit.format(row[kind] * scale) for kind in ("base", "graft")]
             lines.append(f"| {task.replace('_', ' ')} | {cells[0]} | {cells[1]} | {row['ratio']:.3f} |")
         lines.append("")
     if published:
         lines += [
-            "| published shape | parameters | added | operations of a prefill | added |",
-            "|---|---|---|---|---|",
+            "| published shape | parameters | added | operations of a prefill | added | with "
+            + " | ".join(f"{budget:.0%}" for budget in BUDGETS)
+            + " of the image tokens |",
+            "|---" * (5 + len(BUDGETS)) + "|",
         ]
         for name, row in published.items():
+            cut = " | ".join(f"{row[f'flops_ratio_at_{budget:g}']:.2f}" for budget in BUDGETS)
             lines.append(
                 f"| {name} | {row['parameters'] / 1e9:.2f} B | {row['parameters_ratio'] - 1:.2%} | "
-                f"{row['flops'] / 1e12:.2f} TFLOP | {row['flops_ratio'] - 1:.2%} |"
+                f"{row['flops'] / 1e12:.2f} TFLOP | {row['flops_ratio'] - 1:.2%} | {cut} |"
             )
         lines.append("")
     return "\n".join(lines)

@@ -26,6 +26,7 @@ and heat maps at each evaluation) and TensorBoard curves of every loss term. Nee
 """
 
 import json
+import random
 import shlex
 import sys
 import textwrap
@@ -97,6 +98,9 @@ class ScriptArguments:
     score_loss_weight: float | None = field(default=None, metadata={"help": "Default: as in the configuration."})
     saliency_loss_weight: float | None = field(default=None, metadata={"help": "Default: as in the configuration."})
     aspect_loss_weight: float | None = field(default=None, metadata={"help": "Default: as in the configuration."})
+    image_token_budget: list[float] | None = field(
+        default=None, metadata={"help": "Least and largest share of image tokens, drawn for each batch: 0.25 1."}
+    )
     lora_rank: int = 16
     lora_alpha: int = 32
     gate_lr_ratio: float = field(default=20.0, metadata={"help": "Times the rate: gates hardly open otherwise."})
@@ -222,6 +226,10 @@ class CritiqueTrainer(GuardedTrainer):
         return self.optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if (budget := self.script_args.image_token_budget) is not None and model.training:
+            # the same in every process, whose steps then take as long, and in a run that goes on
+            drawn = random.Random(f"{self.args.seed} {self.state.global_step}").uniform(*budget)
+            inputs = {**inputs, "image_token_budget": drawn}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         # the captions' term is divided by the tokens of the whole step, the others are means of this batch
         tokens = (inputs["labels"][:, 1:] != -100).sum()
@@ -397,8 +405,17 @@ def write_card(trainer: CritiqueTrainer | ModuleTrainer, report: Report):
     ).save(out / "README.md")
 
 
+def check_arguments(args: ScriptArguments):
+    if (budget := args.image_token_budget) is not None:
+        if len(budget) != 2 or not 0 < budget[0] <= budget[1] <= 1:
+            raise ValueError(f"--image_token_budget takes two shares, the least and the largest, got {budget}.")
+        if args.graft == "none" or args.stage == "module":
+            raise ValueError("--image_token_budget is of the saliency branch, and of captions.")
+
+
 def main():
     args, training_args = parse_arguments()
+    check_arguments(args)
     set_seed(training_args.seed)
 
     # Model

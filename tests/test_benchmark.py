@@ -18,9 +18,14 @@ def pair(tmp_path_factory):
 
 def test_every_task_is_timed_for_base_and_graft(pair):
     results = benchmark.measure_times(pair, repeats=2)
-    assert set(results) == {"load", "prefill", "decode", "training_step"}
+    budgets = {name for name in results if name.endswith("of the image tokens")}
+    assert set(results) - budgets == {"load", "prefill", "decode", "training_step"}
+    assert len(budgets) == 3 * len(benchmark.BUDGETS) and "prefill, 25% of the image tokens" in budgets
     for row in results.values():
         assert row["base"] > 0 and row["graft"] > 0 and row["ratio"] > 0
+    sizes = [results[f"memory of the cache, {budget:.0%} of the image tokens"] for budget in benchmark.BUDGETS]
+    rows = [round(16 * budget) + benchmark.PROMPT_TOKENS for budget in benchmark.BUDGETS]
+    assert [size["ratio"] for size in sizes] == [row / (16 + benchmark.PROMPT_TOKENS) for row in rows]
 
 
 @pytest.mark.slow
@@ -45,6 +50,7 @@ def test_published_shapes_stay_under_two_percent(name):
     row = benchmark.count_published(*benchmark.PUBLISHED[name])
     assert 1 < row["parameters_ratio"] <= 1.02
     assert 1 < row["flops_ratio"] <= 1.03
+    assert row["flops_ratio"] > row["flops_ratio_at_0.5"] > row["flops_ratio_at_0.25"] > row["flops_ratio_at_0.11"]
 
 
 def test_tables_are_written_between_the_marks(tmp_path):

@@ -622,6 +622,23 @@ def test_a_caption_of_three_thousand_words_is_cut_by_default(checkpoint, tmp_pat
     assert max(lengths) in (4, 512)  # the long one may be held out
 
 
+def test_a_budget_of_image_tokens_is_drawn_for_each_batch(checkpoint, photographs, tmp_path, monkeypatch):
+    seen = []
+    original = ASEForConditionalGeneration.forward
+
+    def forward(self, *args, image_token_budget=None, **kwargs):
+        seen.append((self.training, image_token_budget))
+        return original(self, *args, image_token_budget=image_token_budget, **kwargs)
+
+    monkeypatch.setattr(ASEForConditionalGeneration, "forward", forward)
+    run(checkpoint, photographs, tmp_path / "out", **SMALL, image_token_budget=[0.25, 0.75])
+    drawn = [budget for training, budget in seen if training]
+    assert len(set(drawn)) == len(drawn) == 2 and all(0.25 <= budget <= 0.75 for budget in drawn)
+    assert {budget for training, budget in seen if not training} == {None}
+    with pytest.raises(ValueError, match="two shares"):
+        run(checkpoint, photographs, tmp_path / "other", **SMALL, image_token_budget=[0.25, 1.5])
+
+
 # The plain base ------------------------------------------------------------------------------------------------------
 
 

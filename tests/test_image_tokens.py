@@ -3,6 +3,7 @@
 import copy
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from conftest import (
@@ -17,6 +18,7 @@ from conftest import (
     training_examples,
 )
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from transformers import LlavaConfig, TextIteratorStreamer, Trainer, TrainingArguments
 
 from ase_mllm import ASEConfig, ASEDataCollator, ASEForConditionalGeneration
@@ -216,3 +218,21 @@ def test_every_selection_keeps_as_many(selection, budget):
     grids = [(4, 4), (2, 8), (4, 4)]
     kept = chosen(torch.randn(48, 6), [torch.rand(9, 11) for _ in grids], grids, budget, selection)
     assert [len(row) for row in kept] == [kept_number(16, budget)] * 3
+
+
+def test_what_was_kept_is_drawn_on_the_photograph():
+    model, processor = open_gates(tiny_model()).eval(), tiny_processor()
+    photo = Image.effect_noise((96, 64), 60).convert("RGB").point(lambda code: max(code, 40))
+    inputs = processor(images=[photo] * 2, text=[processor.critique_prompt()] * 2, return_tensors="pt")
+    options = {"max_new_tokens": 2, "return_dict_in_generate": True, "image_token_budget": 0.5}
+    outputs = model.generate(**inputs, **options)
+    for said in (outputs, model(**inputs, image_token_budget=0.5)):
+        kept = processor.post_process_image_tokens(said, inputs["input_ids"])
+        assert len(kept) == 2 and all(one.ndim == 2 and one.sum() == one.numel() // 2 for one in kept)
+    drawn = np.asarray(processor.overlay_image_tokens(photo, kept[0])).astype(int)
+    shares = drawn.sum(-1) / np.asarray(photo).astype(int).sum(-1)
+    bright = torch.tensor(shares > 0.9).float()
+    expected = torch.nn.functional.interpolate(kept[0][None, None].float(), size=bright.shape, mode="nearest")[0, 0]
+    assert (bright == expected).float().mean() > 0.97
+    with pytest.raises(ValueError, match="no `image_token_budget`"):
+        processor.post_process_image_tokens(model(**inputs), inputs["input_ids"])
