@@ -32,9 +32,11 @@ import hashlib
 import itertools
 import math
 import os
+import posixpath
 import random
 import re
 import sys
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -79,6 +81,7 @@ SPLITS = {
 }
 MAX_WORDS = 300  # longer texts are counted as overlong, and kept: the collator cuts them
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif")
+UNREAD_SUFFIXES = (".avif", ".heic", ".heif", ".hif", ".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2")
 PROMPTS = {  # for topics that do not fit "Critique the ... of this photograph."
     **AESTHETIC_PROMPTS,
     "general_impression": "Give your general impression of this photograph.",
@@ -376,7 +379,20 @@ def index_images(folder: Path, by_name: bool) -> dict[str, str]:
 
 def without_suffix(name: str) -> str:
     stem, suffix = os.path.splitext(name)
-    return stem if suffix.lower() in SUFFIXES else name  # a title may have a dot of its own
+    return stem if suffix.lower() in (*SUFFIXES, *UNREAD_SUFFIXES) else name  # a title may have a dot of its own
+
+
+def photograph_id(name: str) -> str:
+    """
+    The one id of a photograph, from its path below the data: no suffix of a picture, slashes, no `.` and `..` within.
+
+    Args:
+        name: What a row gives as its `file_name`, `path`, `image` or `image_id`; of paths only those below one root
+            are comparable.
+    """
+    # NOTE: composed, because macOS writes an é of two characters into the names of files
+    name = unicodedata.normalize("NFC", str(name)).replace("\\", "/")
+    return without_suffix(posixpath.normpath(name)) if name else ""
 
 
 def find_image(name: str, index: dict[str, str]) -> dict[str, Any] | None:

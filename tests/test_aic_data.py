@@ -72,6 +72,24 @@ def _load(source: Path, *arguments, **options) -> tuple[dict[str, list[dict]], a
     return rows, report
 
 
+@pytest.mark.parametrize(
+    "names, expected",
+    [
+        (
+            ["2023/IMG_1.jpg", "./2023/IMG_1.JPEG", "2023//x/../IMG_1.tif", "2023\\IMG_1.png", "2023/IMG_1"],
+            "2023/IMG_1",
+        ),
+        (["2024/IMG_1.cr3", "2024/IMG_1.heic"], "2024/IMG_1"),
+        (["3_mr.smith", "3_mr.smith.jpg"], "3_mr.smith"),
+        (["../a.jpg"], "../a"),
+        (["cafe\u0301.jpg", "caf\u00e9.webp"], "caf\u00e9"),
+        ([""], ""),
+    ],
+)
+def test_a_photograph_has_one_id(names, expected):
+    assert {aic_data.photograph_id(name) for name in names} == {expected}
+
+
 # Forms ---------------------------------------------------------------------------------------------------------------
 
 
