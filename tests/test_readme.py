@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 def test_python_blocks_run_in_order(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     blocks = [block for block in blocks if "import OpenAI" not in block]  # needs a server: see test_serving.py
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     llava, qwen = tmp_path / "llava", tmp_path / "qwen"
     tiny_base().save_pretrained(llava)
     AutoModelForImageTextToText.from_config(FAMILIES["qwen2_vl"].config()).save_pretrained(qwen)
@@ -30,7 +30,7 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch):
         for hub_id, folder in folders.items():
             block = block.replace(hub_id, str(folder))
         exec(block, namespace)
-    assert (tmp_path / "heat.png").exists()
+    assert (tmp_path / "heat.png").exists() and (tmp_path / "kept.png").exists()
     for name in ("llava", "qwen"):
         for file in ("modeling_ase.py", "processing_ase.py", "processor_config.json", "model.safetensors"):
             assert (tmp_path / "my-ase" / name / file).exists(), f"{name}/{file}"

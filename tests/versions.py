@@ -30,7 +30,7 @@ CORE = [
     "tests/test_stored_outputs.py",
     "tests/test_families.py",
     "-k",
-    "(roundtrip or says or faults_are_named or fresh_graft or open_gates or saves_and_loads or iasm_sees) "
+    "(roundtrip or says or faults_are_named or fresh_graft or open_gates or saves_and_loads or iasm_sees or whole_budget or taken_out) "
     "and not vipllava and not generation_says",
 ]
 MARKS = "<!-- versions: written by tests/versions.py -->\n", "<!-- end of versions -->"

@@ -38,12 +38,12 @@ APART = ("level", "placement")  # reported beside the macro average, not in it
 PROTOCOL = "all five references; lower-case words, no punctuation; pycocoevalcap"
 
 
-def caption_set(model, processor, rows, batch_size: int) -> dict[str, list]:
-    """Captions, scores, maps and truths of all rows."""
+def caption_set(model, processor, rows, batch_size: int, **options) -> dict[str, list]:
+    """Captions, scores, maps and truths of all rows; `options` are those of `generate()`."""
     answers, truths = [], [rows[index] for index in range(len(rows))]
     for start in tqdm(range(0, len(rows), batch_size)):
         images = [row["image"] for row in truths[start : start + batch_size]]
-        answers += critique(model, processor, images, [(32, 32)] * len(images))
+        answers += critique(model, processor, images, [(32, 32)] * len(images), **options)
     return {
         "caption": [answer["caption"] for answer in answers],
         "score": [answer["score"]["mean"] for answer in answers],
