@@ -3,146 +3,94 @@ Captions photographs: a critique in words, a score, and a map of what the model 
 
     python examples/caption_photos.py PHOTOS... [--model NAME_OR_PATH] [--out DIR]
 
-PHOTOS are files and folders (searched to the bottom, hidden files left out): JPEG, PNG, WebP and TIFF. The default
-model is the bundled one; any ASE checkpoint, a folder or a Hub id, can take its place. Photographs are only ever read.
+PHOTOS are files and folders (searched to the bottom, hidden files left out): JPEG, PNG, WebP, TIFF and AVIF; with
+`pip install pillow-heif` HEIC too, with `pip install rawpy` the raw files of cameras. What is left out is counted. The
+default model is the bundled one; any ASE checkpoint, a folder or a Hub id, can take its place. Photographs are only ever
+read.
 
-Written to DIR (default `captions/`):
-    gallery.html    the page, in one file that needs no network
-    captions.jsonl  one line a photograph, written as it goes
-    failed.jsonl    one line a file that could not be captioned, with the reason
+Stop it whenever you like (Ctrl-C, even `kill -9`): the same command goes on. What is captioned is known by its content,
+also where it was moved or renamed, and is not captioned again; an unchanged library does not even load the model.
+
+Written to DIR (default `captions/`), of all photographs of all runs into it:
+    gallery.html    the page; it opens from disk and needs no network
+    gallery/        its index and thumbnails
     overlays/       the photographs under their heat maps
+    captions.jsonl  one line a photograph
+    failed.jsonl    one line a file that could not be captioned, with the reason
+    library.sqlite  all of this, and what earlier runs said; any SQLite program reads it
 
-Exit status: 0 all captioned, 1 some files failed (named on stderr and on the page), 2 nothing could be started.
+Exit status: 0 all captioned, 1 some files failed (named on stderr and on the page) or the run was ended before its end,
+2 nothing could be started.
 """
 
 import argparse
-import base64
-import io
 import json
 import os
 import re
-import stat
+import shlex
+import signal
+import sqlite3
 import sys
+import time
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import jinja2
+
+# NOTE: before torch is imported. Threads that wait must sleep: spinning, they take the cores from each other wherever
+# anything else runs, and a photograph takes ten times as long
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 from common import critique
-from PIL import ExifTags, Image, UnidentifiedImageError
+from gallery import export
+from photo_files import (
+    READER,
+    SUFFIXES,
+    Failure,
+    Found,
+    Judged,
+    Photo,
+    find_photos,
+    read_photo,
+)
+from photo_library import Library, LibraryError, written_beside
+from PIL import Image
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
-from ase_mllm import read_photograph
+from ase_mllm.processing_ase import AESTHETIC_PROMPTS
 
 
 HERE = Path(__file__).parent
-FORMATS = ["JPEG", "PNG", "WEBP", "TIFF"]  # NOTE: Pillow's other readers are never tried, one of them starts programs
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff"}
-PHOTO_SIDE, OVERLAY_SIDE, THUMB_SIDE = 2048, 1280, 480  # longest sides: for the model, in overlays/, on the page
-SHORTEST_SIDE = 16
-
-
-@dataclass
-class Photo:
-    """An upright sRGB photograph, reduced to `PHOTO_SIDE`; `width` and `height` are the original's, upright."""
-
-    path: Path
-    image: Image.Image
-    width: int
-    height: int
-
-
-@dataclass
-class Failure:
-    """A file that could not be captioned, and why."""
-
-    path: Path
-    reason: str
+OVERLAY_SIDE, THUMB_SIDE = 1280, 480  # longest sides: in overlays/, on the page
+SMALL_MODEL = 100e6  # parameters, below which one thread is as fast as two, and faster where others work too
+EXPORT_EVERY = 300  # seconds from page to page while a run is at work
+# Files of a checkpoint that its answers depend on
+WEIGHTS = ["*.safetensors", "pytorch_model*.bin", "*config.json", "*.model", "*.jinja", "*.py"]
+WEIGHTS += ["tokenizer*", "chat_template*", "vocab*", "merges.txt", "*_map.json"]
 
 
 # Photographs ---------------------------------------------------------------------------------------------------------
 
 
-def find_photos(arguments: list[Path], out: Path) -> tuple[list[Path], list[Failure]]:
-    """Every photograph once, in order, and folders that could not be read. Named files are taken whatever they are."""
-    found, failures = [], []
-
-    def unreadable(error: OSError):
-        failures.append(Failure(Path(error.filename), error.strerror))
-
-    for argument in arguments:
-        if not argument.is_dir():
-            found.append(argument)
-            continue
-        for folder, subfolders, names in os.walk(argument, onerror=unreadable):
-            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-            files = [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
-            found += [file for file in files if file.suffix.lower() in SUFFIXES]
-    unique: dict[str, Path] = {}
-    for file in found:
-        unique.setdefault(os.path.realpath(file), file)
-    return [file for file in unique.values() if not is_overlay(file, out)], failures
-
-
-def is_overlay(file: Path, out: Path) -> bool:
-    """Whether this script made the file, now or in an earlier run."""
-    folder = Path(os.path.realpath(file.parent))
-    earlier = folder.name == "overlays" and (folder.parent / "captions.jsonl").is_file()
-    return earlier or folder == out.resolve() / "overlays"
-
-
-def overlay_names(files: list[Path]) -> list[str]:
-    """A file name an overlay, like the photograph's; numbered where two would overwrite each other."""
-    names, taken = [], set()
-    for file in files:
-        name, count = file.stem, 1
-        while name.casefold() in taken:
-            count += 1
-            name = f"{file.stem}-{count}"
-        taken.add(name.casefold())
-        names.append(f"{name}.jpg")
-    return names
-
-
-def read_photo(path: Path) -> Photo | Failure:
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # NOTE: opening a named pipe would wait for ever
-            return Failure(path, "not a file")
-        if status.st_size == 0:
-            return Failure(path, "empty file (0 bytes)")
-        with Image.open(path, formats=FORMATS) as image:
-            width, height = image.size
-            image.draft("RGB", (PHOTO_SIDE, PHOTO_SIDE))  # a large JPEG is decoded small
-            if image.getexif().get(ExifTags.Base.Orientation, 1) > 4:  # turned by a quarter
-                width, height = height, width
-            image = read_photograph(image, PHOTO_SIDE)
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        limit = Image.MAX_IMAGE_PIXELS / 1e6
-        return Failure(path, f"too large: over the limit of {limit:.3g} megapixels (raise it with --max-megapixels)")
-    except UnidentifiedImageError:
-        return Failure(path, "not a JPEG, PNG, WebP or TIFF image, or damaged at its start")
-    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
-        reason = error.strerror if isinstance(error, OSError) else None
-        return Failure(path, reason or f"damaged: {error or type(error).__name__}")
-    if min(image.size) < SHORTEST_SIDE:
-        return Failure(path, f"too small to judge: {width} × {height} pixels")
-    return Photo(path, image, width, height)
-
-
-def read_batches(files: list[Path], size: int) -> Iterator[list[Photo | Failure]]:
+def read_batches(files: list[Path], size: int, judged: Container[str]) -> Iterator[list[Photo | Judged | Failure]]:
     """`size` files at a time, the next ones read while the caller works: at most three batches are in memory."""
+
+    def read(start: int) -> list[Photo | Judged | Failure]:
+        return [read_photo(file, judged) for file in files[start : start + size]]
+
     with ThreadPoolExecutor(max_workers=1) as reader:
         upcoming = None
         for start in range(0, len(files), size):
-            following = reader.submit(lambda batch: [read_photo(file) for file in batch], files[start : start + size])
+            following = reader.submit(read, start)
             if upcoming is not None:
                 yield upcoming.result()
             upcoming = following
@@ -153,17 +101,53 @@ def read_batches(files: list[Path], size: int) -> Iterator[list[Photo | Failure]
 # Model ---------------------------------------------------------------------------------------------------------------
 
 
+def ase_config(name: str, trust_remote_code: bool) -> Any:
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    if config.model_type != "ase":
+        raise ValueError(f"{name} is a {config.model_type!r} model, not an ASE checkpoint.")
+    return config
+
+
 def load_model(name: str, trust_remote_code: bool) -> tuple[Any, Any]:
     """Model, on the best device there is, and processor."""
-    model_type = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code).model_type
-    if model_type != "ase":
-        raise ValueError(f"{name} is a {model_type!r} model, not an ASE checkpoint.")
+    ase_config(name, trust_remote_code)
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     dtype = "float32" if device == "cpu" else "auto"
     model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
     processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
     processor.tokenizer.padding_side = "left"  # what is generated continues the end of each row
     return model.eval().to(device), processor
+
+
+def run_settings(library: Library, args: argparse.Namespace) -> dict[str, Any]:
+    """What results depend on; other settings are another run, which captions all anew."""
+    config = ase_config(args.model, args.trust_remote_code)
+    folder = Path(args.model)
+    if folder.is_dir():
+        files = [file for file in folder.iterdir() if any(fnmatch(file.name, pattern) for pattern in WEIGHTS)]
+        weights = library.hash_of_files(file for file in files if file.is_file())
+    else:
+        weights = f"{args.model}@{config._commit_hash}"
+    return {
+        "weights": weights,
+        "prompt": AESTHETIC_PROMPTS["critique"],
+        "reader": READER,
+        "max_new_tokens": args.max_new_tokens,
+    }
+
+
+def critique_all(model: Any, processor: Any, photos: list[Photo], max_new_tokens: int) -> list[dict[str, Any]]:
+    """An answer a photograph. What the model cannot do together is tried in halves; alone, it is an error."""
+    images = [photo.image for photo in photos]
+    sizes = [reduced(image, OVERLAY_SIDE).size[::-1] for image in images]
+    try:
+        return critique(model, processor, images, sizes, max_new_tokens=max_new_tokens)
+    except RuntimeError as error:  # out of memory, most likely
+        if len(photos) == 1:
+            return [{"error": f"the model failed: {str(error).splitlines()[0]}"}]
+    half = len(photos) // 2
+    parts = photos[:half], photos[half:]
+    return [answer for part in parts for answer in critique_all(model, processor, part, max_new_tokens)]
 
 
 # Results -------------------------------------------------------------------------------------------------------------
@@ -175,85 +159,112 @@ def reduced(image: Image.Image, side: int) -> Image.Image:
     return image
 
 
-def data_uri(image: Image.Image, quality: int) -> str:
-    buffer = io.BytesIO()
-    reduced(image, THUMB_SIDE).save(buffer, "JPEG", quality=quality, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+def overlay_name(photo: Photo, run: int) -> str:
+    """Like the photograph's, told from others of its name; short enough for every file system."""
+    stem = photo.path.stem.encode(errors="replace")[:80].decode(errors="ignore")
+    return f"overlays/{stem}-{photo.stamp.sha256[:10]}-{run}.jpg"
 
 
-def as_record(photo: Photo, answer: dict[str, Any], overlay: str) -> dict[str, Any]:
-    """A line of captions.jsonl."""
+def save_jpeg(image: Image.Image, path: Path, quality: int) -> None:
+    with written_beside(path) as beside:
+        image.save(beside, "JPEG", quality=quality, optimize=True)
+
+
+def keep(library: Library, processor: Any, photo: Photo, answer: dict[str, Any]) -> dict[str, Any]:
+    """Writes a photograph's overlay and thumbnail, and returns its row of the library."""
+    if "error" in answer:
+        return {"sha256": photo.stamp.sha256, "error": answer["error"]}
+    overlay = overlay_name(photo, library.run)
+    thumbnail = f"gallery/thumbs/{photo.stamp.sha256[:2]}/{photo.stamp.sha256[:16]}-{READER}.jpg"
+    (library.folder / thumbnail).parent.mkdir(parents=True, exist_ok=True)
+    heat = processor.overlay_saliency(reduced(photo.image, OVERLAY_SIDE), answer["heat"])
+    save_jpeg(heat, library.folder / overlay, quality=85)
+    save_jpeg(reduced(photo.image, THUMB_SIDE), library.folder / thumbnail, quality=80)
     return {
-        "path": str(photo.path),
+        "sha256": photo.stamp.sha256,
         "caption": answer["caption"],
-        "score": {name: round(value, 3) for name, value in answer["score"].items()},
-        "stars": round(answer["score"]["mean"]) / 2,  # a rating of 1 to 10 in half stars
-        "aspects": {name: round(share, 3) for name, share in answer["aspects"].items()},
+        "score": answer["score"]["mean"],
+        "std": answer["score"]["std"],
+        "aspects": json.dumps(answer["aspects"]),
         "width": photo.width,
         "height": photo.height,
+        "note": photo.note,
         "overlay": overlay,
+        "thumbnail": thumbnail,
     }
 
 
-def as_card(record: dict[str, Any], photo: Photo, overlay: Image.Image, folder: str) -> dict[str, Any]:
-    """What the page shows of a photograph; its name is the path below `folder`."""
-    named = sorted((name for name, share in record["aspects"].items() if share >= 0.5), key=record["aspects"].get)
-    return {
-        **record,
-        "name": os.path.relpath(photo.path, folder),
-        "aspects": [name.replace("_", " ") for name in reversed(named)],
-        "photo_uri": data_uri(photo.image, quality=80),
-        "overlay_uri": data_uri(overlay, quality=65),
-    }
+@dataclass
+class Outcome:
+    """What a run did: photographs captioned, files that failed, and why it ended early, if it did."""
+
+    captioned: int = 0
+    failed: int = 0
+    stopped: str | None = None
 
 
-def write_gallery(path: Path, **context: Any) -> None:
-    loader = jinja2.FileSystemLoader(HERE)
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    page = environment.get_template("gallery.html.jinja").stream(**context)
-    # file names need not be valid text
-    page.dump(str(path), encoding="utf-8", errors="replace")
+class CannotStart(Exception):
+    """Nothing was captioned, and why."""
 
 
-def caption_all(
-    model: Any, processor: Any, files: list[Path], failures: list[Failure], args: argparse.Namespace
-) -> list[dict[str, Any]]:
-    """Writes captions.jsonl, failed.jsonl and the overlays as it goes; returns the page's cards and adds failures."""
-    cards, names = [], dict(zip(files, overlay_names(files)))
-    common = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
-    with (
-        open(args.out / "captions.jsonl", "w", encoding="utf-8") as captions,
-        open(args.out / "failed.jsonl", "w", encoding="utf-8") as failed,
-        tqdm(total=len(files), unit="photo", desc="Captioning") as progress,
-    ):
-        (args.out / "overlays").mkdir(exist_ok=True)
+def caption_all(library: Library, found: Found, files: list[Path], args: argparse.Namespace, title: str) -> Outcome:
+    """Captions what has no result yet; each batch is in the library before the next one begins."""
+    outcome, model, exported = Outcome(), None, time.monotonic()
+    pending = [file for file in files if not library.is_unchanged(file)]
+    judged = library.judged()
+    with tqdm(total=len(pending), unit="photo", desc="Captioning", disable=not pending) as progress:
 
-        def report(failure: Failure):
-            progress.write(f"{failure.path}: {failure.reason}", file=sys.stderr)
-            failed.write(json.dumps({"path": str(failure.path), "reason": failure.reason}) + "\n")
+        def report(failures: list[Failure]):
+            outcome.failed += len(failures)
+            for failure in failures:
+                progress.write(f"{failure.path}: {failure.reason}", file=sys.stderr)
 
-        for failure in failures:
-            report(failure)
-        for batch in read_batches(files, args.batch_size):
-            for failure in (item for item in batch if isinstance(item, Failure)):
-                failures.append(failure)
-                report(failure)
-            photos = [item for item in batch if isinstance(item, Photo)]
-            images = [photo.image for photo in photos]
-            sizes = [reduced(image, OVERLAY_SIDE).size[::-1] for image in images]
-            answers = critique(model, processor, images, sizes, max_new_tokens=args.max_new_tokens) if photos else []
-            for photo, answer in zip(photos, answers, strict=True):
-                overlay = processor.overlay_saliency(reduced(photo.image, OVERLAY_SIDE), answer["heat"])
-                overlay.save(args.out / "overlays" / names[photo.path], quality=85)
-                record = as_record(photo, answer, f"overlays/{names[photo.path]}")
-                captions.write(json.dumps(record) + "\n")
-                cards.append(as_card(record, photo, overlay, common))
-            captions.flush()
-            failed.flush()
-            progress.update(len(batch))
-    return cards
+        try:
+            report(found.failures)
+            library.add(found.failures)
+            for batch in read_batches(pending, args.batch_size, judged):
+                photos = [item for item in batch if isinstance(item, Photo)]
+                # copies of one photograph are captioned once
+                new = {photo.stamp.sha256: photo for photo in photos if photo.stamp.sha256 not in judged}
+                if new and model is None:
+                    model, processor = start_model(args)
+                answers = critique_all(model, processor, list(new.values()), args.max_new_tokens) if new else []
+                results = [
+                    keep(library, processor, photo, one) for photo, one in zip(new.values(), answers, strict=True)
+                ]
+                library.add(batch, results)
+                judged.update(row["sha256"] for row in results if "error" not in row)
+                broken = {row["sha256"]: row["error"] for row in results if "error" in row}
+                report([item for item in batch if isinstance(item, Failure)])
+                report([Failure(one.path, broken[one.stamp.sha256]) for one in photos if one.stamp.sha256 in broken])
+                outcome.captioned += len(results) - len(broken)
+                progress.update(len(batch))
+                if time.monotonic() - exported > EXPORT_EVERY:
+                    publish(library, title, found.left_out)
+                    exported = time.monotonic()
+        except KeyboardInterrupt:
+            outcome.stopped = "interrupted"
+        except (OSError, sqlite3.Error) as error:  # a full disk, most likely
+            outcome.stopped = str(error)
+    return outcome
+
+
+def start_model(args: argparse.Namespace) -> tuple[Any, Any]:
+    try:
+        model, processor = load_model(args.model, args.trust_remote_code)
+    except Exception as error:  # damaged weights, code that is missing: libraries raise nearly anything
+        raise CannotStart(f"{args.model} cannot be loaded: {error}") from error
+    if args.threads is not None or model.num_parameters() < SMALL_MODEL:
+        torch.set_num_threads(args.threads or 1)
+    return model, processor
+
+
+def publish(library: Library, title: str, left_out: Counter) -> Path:
+    today = date.today()
+    page, aside = export(library, title, left_out, f"{today.day} {today:%B %Y}")
+    for path in aside:
+        print(f"{path}: moved here, since something else than this program wrote it", file=sys.stderr)
+    return page
 
 
 # Run -----------------------------------------------------------------------------------------------------------------
@@ -273,10 +284,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=Path("captions"), metavar="DIR", help="where results go (default: %(default)s)"
     )
+    parser.add_argument(
+        "--fresh", action="store_true", help="caption all anew; what earlier runs said stays in the library"
+    )
     parser.add_argument("--batch-size", type=int, default=8, help="photographs at a time (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=160, help="longest critique (default: %(default)s)")
     parser.add_argument("--limit", type=int, help="only the first so many photographs")
     parser.add_argument("--max-megapixels", type=float, help="refuse larger photographs (default: Pillow's limit, 89)")
+    parser.add_argument("--threads", type=int, help="cores to work on (default: one for small models, else all)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with the checkpoint")
     args = parser.parse_args(argv)
     # not every shell expands `~` within an argument of make
@@ -284,21 +299,47 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for path in args.photos:
         if not os.path.lexists(path):
             parser.error(f"there is no file or folder {path}")
-    for name in ("batch_size", "max_new_tokens", "limit", "max_megapixels"):
+    for name in ("batch_size", "max_new_tokens", "limit", "max_megapixels", "threads"):
         value = getattr(args, name)
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:
             parser.error(f"--{name.replace('_', '-')} is {value:g}, it must be above 0")
-    # NOTE: something of the same name that this script did not make must not be overwritten: it may be photographs
-    present = [(args.out / name).exists() for name in ("captions.jsonl", "overlays")]
-    if any(present) and not all(present):
-        parser.error(f"{args.out} holds a captions.jsonl or an overlays folder from elsewhere: choose another --out")
     return args
 
 
 def title_of(arguments: list[Path]) -> str:
     """The folder's name, when all photographs are from one."""
     folders = {argument.resolve() if argument.is_dir() else argument.resolve().parent for argument in arguments}
-    return re.sub(r"[_-]+", " ", folders.pop().name) if len(folders) == 1 else ""
+    return (re.sub(r"[_-]+", " ", folders.pop().name) if len(folders) == 1 else "") or "Photographs"
+
+
+def describe(left_out: Counter) -> str:
+    return "Left out: " + ", ".join(f"{number} {kind}" for kind, number in sorted(left_out.items()))
+
+
+def run(library: Library, found: Found, files: list[Path], args: argparse.Namespace) -> int:
+    try:
+        settings = run_settings(library, args)
+    except Exception as error:  # no such model, no network, a damaged file: libraries raise nearly anything
+        raise CannotStart(str(error)) from error
+    library.begin_run(os.path.basename(os.path.abspath(args.model)), settings, args.fresh)
+    gone = library.forget_missing(args.photos, found.files)
+    if gone:
+        print(f"{gone} files of earlier runs are gone from where they were.")
+    title = title_of(args.photos)
+    outcome = caption_all(library, found, files, args, title)
+    try:
+        page = publish(library, title, found.left_out)
+    except (OSError, sqlite3.Error) as error:
+        print(
+            f"Stopped: {outcome.stopped or error}. What was written is whole: the same command goes on.",
+            file=sys.stderr,
+        )
+        return 1
+    shown = sum(1 for _ in library.results())
+    print(f"{outcome.captioned} captioned, {outcome.failed} failed, {shown} on the page: {page}")
+    if outcome.stopped:
+        print(f"Stopped: {outcome.stopped}. What was written is whole: the same command goes on.", file=sys.stderr)
+    return 1 if outcome.stopped or outcome.failed else 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -307,35 +348,27 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
     if args.max_megapixels is not None:
         Image.MAX_IMAGE_PIXELS = int(args.max_megapixels * 1e6)
-    files, failures = find_photos(args.photos, args.out)
-    files = files[: args.limit]
-    if not files:
-        for failure in failures:
-            print(f"{failure.path}: {failure.reason}", file=sys.stderr)
-        print(f"No photographs found ({', '.join(sorted(SUFFIXES))}).", file=sys.stderr)
-        return 2
     logging.disable_progress_bar()
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        model, processor = load_model(args.model, args.trust_remote_code)
-    except (OSError, ValueError) as error:
+        found = find_photos(args.photos)
+        if found.left_out:
+            print(describe(found.left_out))
+        files = found.files[: args.limit]
+        if not files:
+            for failure in found.failures:
+                print(f"{failure.path}: {failure.reason}", file=sys.stderr)
+            raise CannotStart(f"No photographs found ({', '.join(sorted(SUFFIXES))}).")
+        command = shlex.join(sys.argv if argv is None else ["caption_photos.py", *argv])
+        with Library(args.out, command) as library:
+            return run(library, found, files, args)
+    except (CannotStart, LibraryError, OSError, sqlite3.Error) as error:
         print(f"Cannot start: {error}", file=sys.stderr)
         return 2
-    cards = caption_all(model, processor, files, failures, args)
-    page = args.out / "gallery.html"
-    today = date.today()
-    write_gallery(
-        page,
-        title=title_of(args.photos) or "Photographs",
-        model=os.path.basename(os.path.abspath(args.model)),
-        date=f"{today.day} {today:%B %Y}",
-        cards=cards,
-        failures=failures,
-    )
-    megabytes = page.stat().st_size / 1e6
-    print(f"{len(cards)} captioned, {len(failures)} failed: {page} ({megabytes:.1f} MB)")
-    return 1 if failures else 0
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     sys.exit(main())

@@ -1,17 +1,25 @@
 """Captioning folders of photographs: good ones, odd ones and broken ones, with a tiny model."""
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
 import os
-from html.parser import HTMLParser
+import random
+import shutil
+import signal
+import sqlite3
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import caption_photos
 import numpy as np
+import photo_files
+import photo_library
 import pytest
 import torch
 from conftest import tiny_base, tiny_model, tiny_processor
@@ -103,26 +111,6 @@ def captioned(checkpoint, tmp_path_factory) -> SimpleNamespace:
     return SimpleNamespace(folder=folder, out=out, before=before, status=status, stderr=stderr, checkpoint=checkpoint)
 
 
-class Page(HTMLParser):
-    """Tags with their attributes, and the text of each element with a class."""
-
-    def __init__(self, html: str):
-        super().__init__()
-        self.tags, self.texts, self.classes = [], [], None
-        self.feed(html)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        self.classes = dict(attributes).get("class")
-
-    def handle_endtag(self, tag):
-        self.classes = None
-
-    def handle_data(self, data):
-        if self.classes and data.strip():
-            self.texts.append((self.classes, data.strip()))
-
-
 def test_broken_files_are_named_and_the_rest_go_on(captioned):
     assert contents(captioned.folder) == captioned.before  # originals are only read
     failed = {Path(line["path"]).name: line["reason"] for line in lines(captioned.out / "failed.jsonl")}
@@ -148,45 +136,20 @@ def test_captions(captioned):
     assert len({record["overlay"] for record in records.values()}) == len(GOOD)
 
 
-def test_own_overlays_are_not_captioned(captioned):
+def test_own_results_are_not_captioned(captioned):
     elsewhere = captioned.out.parent.parent / "elsewhere"
-    status, _ = run(captioned.out, "--model", captioned.checkpoint, "--out", elsewhere)
-    assert status == 2
-    files, _ = caption_photos.find_photos([captioned.folder, captioned.folder / "alpha.png"], elsewhere)
-    assert len(files) == len(GOOD) + len(BROKEN)
-
-
-def test_page(captioned):
-    html = (captioned.out / "gallery.html").read_text(encoding="utf-8")
-    page = Page(html)
-    images = [attributes for tag, attributes in page.tags if tag == "img"]
-    assert len(images) == 2 * len(GOOD)
-    assert all(attributes["src"].startswith("data:image/jpeg;base64,") for attributes in images)
-    assert not [tag for tag, attributes in page.tags if tag == "b" and "id" not in attributes]
-    assert "default-src 'none'" in html and 'src="http' not in html
-    names = [text for kind, text in page.texts if kind == "name"]
-    assert sorted(names) == sorted(GOOD)
-    assert all(str(captioned.folder / name) in html for name in BROKEN)
-    labelled = [attributes for tag, attributes in page.tags if tag == "button"]
-    assert all(attributes["aria-label"].startswith("Show where") for attributes in labelled)
-    assert len(labelled) == len(GOOD)
-
-
-def test_captions_are_escaped(captioned, monkeypatch, tmp_path):
-    critique, caption = caption_photos.critique, '</p><script>alert("x")</script> {{ 1 }} & more'
-
-    def hostile(*arguments, **options):
-        return [{**answer, "caption": caption} for answer in critique(*arguments, **options)]
-
-    monkeypatch.setattr(caption_photos, "critique", hostile)
-    photo = captioned.folder / "day 1" / "same.jpg"
-    arguments = ("--model", captioned.checkpoint, "--out", tmp_path / "out", "--limit", 1, "--max-new-tokens", 1)
-    assert run(photo, captioned.folder, *arguments)[0] == 0
-    html = (tmp_path / "out" / "gallery.html").read_text(encoding="utf-8")
-    assert [text for kind, text in Page(html).texts if kind == "critique"] == [caption]
-    assert html.count("<script>") == 1
-    (line,) = lines(tmp_path / "out" / "captions.jsonl")
-    assert line["caption"] == caption and line["path"] == str(photo)
+    status, stderr = run(captioned.out, "--model", captioned.checkpoint, "--out", elsewhere)
+    assert status == 2 and "No photographs found" in stderr
+    overlay = next((captioned.out / "overlays").iterdir())
+    found = photo_files.find_photos([captioned.folder, captioned.folder / "alpha.png", overlay])
+    assert len(found.files) == len(GOOD) + len(BROKEN)
+    assert found.left_out == {
+        "hidden files": 1,
+        "hidden folders": 1,
+        "other files": 6,  # the notes, and the library with its exports
+        "folders of results of this program": 2,
+        "results of this program": 1,
+    }
 
 
 def test_batches_change_nothing(captioned):
@@ -207,17 +170,11 @@ def test_batches_change_nothing(captioned):
 @pytest.mark.parametrize("mode", ["RGB", "CMYK"])
 def test_large_photographs_are_reduced(tmp_path, mode):
     picture(6000, 3000, mode).save(tmp_path / "large.jpg")
-    photo = caption_photos.read_photo(tmp_path / "large.jpg")
+    photo = photo_files.read_photo(tmp_path / "large.jpg")
     assert photo.image.size == (2048, 1024) and photo.image.mode == "RGB"
     assert (photo.width, photo.height) == (6000, 3000)
     blue, green = photo.image.getpixel((2000, 100)), photo.image.getpixel((2000, 900))
     assert blue.index(max(blue)) == 2 and green.index(max(green)) == 1
-
-
-def test_overlay_names_differ():
-    files = [Path("a/x.jpg"), Path("b/X.png"), Path("c/x-2.jpg"), Path("x.tif")]
-    names = caption_photos.overlay_names(files)
-    assert names == ["x.jpg", "X-2.jpg", "x-2-2.jpg", "x-3.jpg"]
 
 
 def test_home_is_expanded_where_the_shell_has_not(tmp_path, monkeypatch):
@@ -240,12 +197,229 @@ def test_nothing_can_be_started(captioned, tmp_path):
     assert status == 2 and "Cannot start" in stderr
     status, stderr = run(photo, "--model", captioned.checkpoint, "--out", tmp_path / "taken")
     assert status == 2 and "Cannot start" in stderr
+    shutil.copytree(captioned.checkpoint, tmp_path / "cut")
+    os.truncate(tmp_path / "cut" / "model.safetensors", 1000)
+    status, stderr = run(photo, "--model", tmp_path / "cut", "--out", tmp_path / "out")
+    assert status == 2 and "cut cannot be loaded" in stderr
 
 
-@pytest.mark.parametrize("arguments", [["missing.jpg"], [".", "--batch-size", "0"], [".", "--out", "."]])
+@pytest.mark.parametrize("arguments", [["missing.jpg"], [".", "--batch-size", "0"], [".", "--max-megapixels", "nan"]])
 def test_wrong_arguments(arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "overlays").mkdir()  # somebody's photographs may be in it
     with pytest.raises(SystemExit) as stopped:
         run(*arguments)
     assert stopped.value.code == 2
+
+
+# Runs that end early, and the next ones ---------------------------------------------------------------------------
+
+
+class Critic:
+    """Stands for model and processor: answers at once, and counts what it was shown."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, log: Path):
+        self.loads, self.log, self.act = 0, log, lambda number: None
+        monkeypatch.setattr(caption_photos, "load_model", self.load)
+        monkeypatch.setattr(caption_photos, "critique", self.critique)
+
+    def load(self, name: str, trust_remote_code: bool) -> tuple["Critic", "Critic"]:
+        self.loads += 1
+        return self, self
+
+    def num_parameters(self) -> int:
+        return 1
+
+    def overlay_saliency(self, image: Image.Image, heat: object) -> Image.Image:
+        return image
+
+    def critique(self, model, processor, images, sizes, max_new_tokens) -> list[dict[str, Any]]:
+        self.act(len(self.seen()))
+        with open(self.log, "a") as log:  # a file: what a killed process saw must not be lost
+            log.writelines(f"{image.getpixel((0, 0))}\n" for image in images)
+        answer = {"score": {"mean": 7.0, "std": 1.0}, "aspects": {"blurred": 0.75}, "heat": None}
+        return [{"caption": f"Colour {image.getpixel((0, 0))}.", **answer} for image in images]
+
+    def seen(self) -> list[str]:
+        return self.log.read_text().splitlines() if self.log.exists() else []
+
+
+@pytest.fixture
+def critic(monkeypatch, tmp_path) -> Critic:
+    return Critic(monkeypatch, tmp_path / "seen.txt")
+
+
+@pytest.fixture
+def album(tmp_path) -> Path:
+    """Ten photographs, no two alike."""
+    (tmp_path / "album").mkdir()
+    for number in range(10):
+        Image.new("RGB", (20, 20), (20 * number, 0, 0)).save(tmp_path / "album" / f"{number}.png")
+    return tmp_path / "album"
+
+
+@pytest.fixture
+def again(checkpoint, album, tmp_path) -> Callable[..., tuple[int, str]]:
+    """The same command, each time."""
+    return lambda *more: run(album, "--model", checkpoint, "--out", tmp_path / "out", "--batch-size", 3, *more)
+
+
+def query(out: Path, question: str) -> list[tuple]:
+    with contextlib.closing(sqlite3.connect(out / "library.sqlite")) as database:
+        return database.execute(question).fetchall()
+
+
+def test_an_unchanged_library_loads_no_model(again, critic, album, tmp_path):
+    assert again()[0] == 0 and critic.loads == 1
+    first = (tmp_path / "out" / "captions.jsonl").read_text()
+    assert [Path(json.loads(line)["path"]).name for line in first.splitlines()] == [f"{n}.png" for n in range(10)]
+    assert again("--limit", 2)[0] == 0 and critic.loads == 1  # and what it does not ask for stays on the page
+    assert (tmp_path / "out" / "captions.jsonl").read_text() == first
+    Image.new("RGB", (20, 20), "blue").save(album / "3.png")  # edited
+    assert again()[0] == 0 and critic.loads == 2
+    assert critic.seen()[10:] == ["(0, 0, 255)"]
+    assert len(lines(tmp_path / "out" / "captions.jsonl")) == 10
+
+
+def test_moved_photographs_and_copies_are_not_captioned_again(again, critic, album, tmp_path):
+    shutil.copy(album / "1.png", album / "copy.png")
+    again()
+    assert len(critic.seen()) == 10
+    (album / "moved").mkdir()
+    (album / "0.png").rename(album / "moved" / "zero.png")
+    (album / "2.png").unlink()
+    os.utime(album / "4.png", (0, 0))
+    assert again()[0] == 0 and critic.loads == 1
+    names = [os.path.relpath(line["path"], album) for line in lines(tmp_path / "out" / "captions.jsonl")]
+    assert names == ["1.png", *(f"{n}.png" for n in range(3, 10)), "copy.png", "moved/zero.png"]
+
+
+def test_another_run_destroys_nothing(again, critic, tmp_path):
+    again()
+    again("--max-new-tokens", 5)
+    again("--max-new-tokens", 5, "--fresh")
+    assert len(critic.seen()) == 30 and critic.loads == 3
+    assert query(tmp_path / "out", "SELECT run, count(*) FROM result GROUP BY run") == [(1, 10), (2, 10), (3, 10)]
+    assert again()[0] == 0 and critic.loads == 3  # the first run's results are still known
+    assert len(list((tmp_path / "out" / "overlays").iterdir())) == 30
+    assert len(lines(tmp_path / "out" / "captions.jsonl")) == 10
+
+
+def test_other_weights_are_another_run(again, critic, checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "tuned")
+    model, out = ("--model", tmp_path / "tuned"), tmp_path / "out"
+    again(*model)
+    (tmp_path / "tuned" / "README.md").write_text("says nothing to the model")
+    again(*model)
+    assert len(critic.seen()) == 10
+    content = bytearray((tmp_path / "tuned" / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "tuned" / "model.safetensors").write_bytes(content)
+    again(*model)
+    assert len(critic.seen()) == 20 and query(out, "SELECT count(*) FROM run") == [(2,)]
+
+
+def test_ctrl_c_leaves_a_page_and_the_same_command_goes_on(again, critic, tmp_path):
+    def interrupt(number: int):
+        if number == 6:
+            raise KeyboardInterrupt
+
+    critic.act = interrupt
+    status, stderr = again()
+    assert status == 1 and "Stopped: interrupted" in stderr and "Traceback" not in stderr
+    assert len(lines(tmp_path / "out" / "captions.jsonl")) == 6 and (tmp_path / "out" / "gallery.html").exists()
+    critic.act = lambda number: None
+    assert again()[0] == 0
+    assert len(critic.seen()) == len(set(critic.seen())) == 10
+    assert len(lines(tmp_path / "out" / "captions.jsonl")) == 10
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_killed_at_any_moment_it_goes_on(again, critic, tmp_path):
+    critic.act = lambda number: time.sleep(0.1)
+    generator, kills = random.Random(0), 0
+    while True:
+        child = os.fork()
+        if child == 0:
+            os._exit(again()[0])
+        for _ in range(generator.randrange(2, 40) if kills < 8 else 10_000):
+            time.sleep(0.01)
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                break
+        else:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            kills += 1
+            continue
+        assert os.waitstatus_to_exitcode(status) == 0
+        break
+    assert kills > 0
+    out = tmp_path / "out"
+    assert query(out, "PRAGMA integrity_check") == [("ok",)]
+    assert query(out, "SELECT count(*), count(DISTINCT sha256) FROM result") == [(10, 10)]
+    assert query(out, "SELECT count(*) FROM words WHERE words MATCH 'colour'") == [(10,)]
+    assert len(critic.seen()) <= 10 + 3 * kills and len(set(critic.seen())) == 10
+    records = lines(out / "captions.jsonl")
+    assert len(records) == 10
+    for record in records:
+        Image.open(out / record["overlay"]).load()
+    assert len(list((out / "overlays").glob("*.jpg"))) == 10
+
+
+@pytest.mark.parametrize("when", ["overlay", "transaction", "export"])
+def test_a_full_disk_leaves_what_was_written_whole(when, again, critic, monkeypatch, tmp_path):
+    again("--limit", 4)
+    before = (tmp_path / "out" / "captions.jsonl").read_text()
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def fail(*arguments, **options):
+        raise sqlite3.OperationalError("database or disk is full") if when == "transaction" else full
+
+    place = {"overlay": "caption_photos.save_jpeg", "transaction": "photo_library.Library.add", "export": "os.fsync"}
+    with monkeypatch.context() as patch:
+        patch.setattr(place[when], fail)
+        status, stderr = again()
+    assert status == 1 and "Traceback" not in stderr
+    assert "Stopped" in stderr and ("No space left" in stderr or "disk is full" in stderr)
+    assert (tmp_path / "out" / "captions.jsonl").read_text() == before
+    assert again()[0] == 0
+    assert len(lines(tmp_path / "out" / "captions.jsonl")) == 10
+    assert not list((tmp_path / "out").rglob("*.part"))
+
+
+def test_what_the_model_cannot_do_costs_that_photograph_alone(again, critic, monkeypatch, tmp_path):
+    answer = caption_photos.critique
+
+    def fails(model, processor, images, *arguments, **options):
+        if any(image.getpixel((0, 0)) == (80, 0, 0) for image in images):
+            raise RuntimeError("out of memory\nand much more")
+        return answer(model, processor, images, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(caption_photos, "critique", fails)
+        status, stderr = again()
+    assert status == 1 and "4.png: the model failed: out of memory\n" in stderr
+    assert len(critic.seen()) == 9
+    assert [line["reason"] for line in lines(tmp_path / "out" / "failed.jsonl")] == ["the model failed: out of memory"]
+    assert again()[0] == 0 and len(critic.seen()) == 10  # tried again
+    assert lines(tmp_path / "out" / "failed.jsonl") == []
+
+
+def test_two_runs_at_once(again, critic, tmp_path):
+    with photo_library.Library(tmp_path / "out", "caption_photos.py elsewhere"):
+        status, stderr = again()
+    assert status == 2 and f"process {os.getpid()} on " in stderr and "caption_photos.py elsewhere" in stderr
+    assert critic.loads == 0 and again()[0] == 0
+
+
+def test_small_models_work_on_one_core(again, critic):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        again()
+        assert torch.get_num_threads() == 1
+        again("--fresh", "--threads", 2)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
