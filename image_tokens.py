@@ -6,13 +6,17 @@ weights. Greedy determinantal selection is that of Chen et al. (arXiv 1709.05135
 this project's choice, and whether that beats coverage alone is measured, not assumed.
 """
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import isqrt
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -44,35 +48,35 @@ def token_grids(config: PreTrainedConfig, sizes: list[tuple[int, int]], tokens: 
     whole = side and side**2 * tokens == area and all(h % side == 0 and w % side == 0 for h, w in sizes)
     if not whole or "qformer_config" in config.sub_configs:  # whose tokens are queries that look everywhere
         raise ValueError(
-            f"`image_token_budget` needs image tokens that stand for places of the picture; {config.model_type} made {tokens} "
-            f"of {len(sizes)} images of {sorted(set(sizes))} pixels, which are none (queries, or rows with ends of their own)."
+            "`image_token_budget` needs image tokens that stand for places of the picture; "
+            f"{config.model_type} made {tokens} of {len(sizes)} images of {sorted(set(sizes))} pixels, which are none."
         )
     return [(height // side, width // side) for height, width in sizes]
 
 
+def pool_map(saliency_map: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """A map `(h, w)` at the rows and columns of tokens, `(rows * columns,)` with mean 1."""
+    pooled = F.adaptive_avg_pool2d(saliency_map[None].float(), grid).flatten()
+    return pooled / pooled.mean().clamp(min=1e-9)
+
+
 def choose_tokens(
-    features: torch.Tensor,
-    saliency_maps: list[torch.Tensor],
-    grids: list[tuple[int, int]],
-    budget: float | int,
-    selection: str,
+    features: list[torch.Tensor], quality: list[torch.Tensor], budget: float | int, selection: str
 ) -> torch.Tensor:
     """
-    Which of the image tokens are kept, `(tokens,)`, for `features` `(tokens, size)` of all images one after the other.
+    Which of the image tokens are kept, `(tokens,)`, for all images one after the other.
 
     Args:
-        saliency_maps: Of each image, `(h, w)`; a map counts within its own image only.
-        grids: Rows and columns of each image's tokens.
+        features: Of each image, `(n, size)`.
+        quality: Of each image's tokens, `(n,)` with mean 1: how salient their places are.
     """
-    parts = features.split([rows * columns for rows, columns in grids])
-    kept: list[torch.Tensor | None] = [None] * len(parts)
-    for grid in dict.fromkeys(grids):  # one batch for all images of one size
-        chosen = [i for i, one in enumerate(grids) if one == grid]
-        number = kept_number(grid[0] * grid[1], budget)
-        quality = torch.stack([F.adaptive_avg_pool2d(saliency_maps[i][None].float(), grid).flatten() for i in chosen])
-        batch = torch.stack([parts[i] for i in chosen])
-        indices = _SELECT[selection](batch, quality, number)
-        mask = torch.zeros(quality.shape, dtype=torch.bool, device=features.device).scatter_(1, indices, True)
+    kept: list[torch.Tensor | None] = [None] * len(features)
+    lengths = [len(one) for one in features]
+    for length in dict.fromkeys(lengths):  # one batch for all images of one length
+        chosen = [i for i, one in enumerate(lengths) if one == length]
+        batch, weights = (torch.stack([parts[i] for i in chosen]) for parts in (features, quality))
+        indices = _SELECT[selection](batch, weights, kept_number(length, budget))
+        mask = torch.zeros(weights.shape, dtype=torch.bool, device=weights.device).scatter_(1, indices, True)
         for i, one in zip(chosen, mask):
             kept[i] = one
     return torch.cat(kept)
@@ -91,7 +95,7 @@ def _salient(features: torch.Tensor, quality: torch.Tensor, number: int) -> torc
 def _diverse(features: torch.Tensor, quality: torch.Tensor, number: int) -> torch.Tensor:
     """Greedy maximum of a determinantal point process: features that differ, salient ones rather; `(n, number)`."""
     features = F.normalize(features.detach().float(), dim=-1)
-    weight = (quality / quality.mean(1, keepdim=True).clamp(min=1e-9)).clamp(min=1e-3) ** QUALITY_POWER
+    weight = quality.clamp(min=1e-3) ** QUALITY_POWER
     likeness = features @ features.transpose(1, 2) + RIDGE * torch.eye(features.shape[1], device=features.device)
     kernel = weight[:, :, None] * likeness * weight[:, None]
     gains = kernel.diagonal(dim1=1, dim2=2).clone()
@@ -129,6 +133,57 @@ def _cut_tokens(tokens: torch.Tensor | list[torch.Tensor] | tuple[torch.Tensor, 
     if isinstance(tokens, torch.Tensor):
         return tokens.flatten(0, -2)[kept].unflatten(0, (len(tokens), -1))
     return type(tokens)(one[mask] for one, mask in zip(tokens, kept.split([len(one) for one in tokens])))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bases that put the tiles of a photograph together, with an end for each row (LLaVA-NeXT and its kin)
+# ---------------------------------------------------------------------------------------------------------------------
+
+_listening = threading.local()
+
+
+@dataclass
+class Packing:
+    """What a base packed in one call: its own method, and the arguments that it got."""
+
+    pack: Callable[..., Any]
+    tiles: list[torch.Tensor]
+    arguments: tuple
+    options: dict[str, Any]
+
+    def pack_quality(self, saliency_maps: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The maps of all tiles on the way that their features went, `(n,)` a photograph; ends of rows count 1."""
+        maps, quality = iter(saliency_maps), []
+        for tiles in self.tiles:
+            side = isqrt(tiles.shape[1])
+            if side**2 != tiles.shape[1]:
+                raise ValueError(
+                    f"`image_token_budget` needs tiles whose tokens stand for places, got {tiles.shape[1]} a tile."
+                )
+            rows = [pool_map(next(maps), (side, side)).unsqueeze(-1) for _ in tiles]
+            quality.append(torch.stack(rows))
+        options = {**self.options, "image_newline": quality[0].new_ones(1)}
+        return [one.squeeze(-1) for one in self.pack(quality, *self.arguments, **options)[0]]
+
+
+def _pack_and_tell(pack: Callable[..., Any], image_features: list[torch.Tensor], *arguments, **options) -> Any:
+    if (heard := getattr(_listening, "packings", None)) is not None:
+        heard.append(Packing(pack, image_features, arguments, options))
+    return pack(image_features, *arguments, **options)
+
+
+@contextmanager
+def listen_to_packing(base: nn.Module) -> Iterator[list[Packing]]:
+    """What the base packs in this thread meanwhile; most have nothing to pack."""
+    pack = getattr(base, "pack_image_features", None)
+    if pack is not None and not isinstance(pack, partial):
+        # NOTE: a partial of a bound method, which deepcopy follows to the copied model
+        base.pack_image_features = partial(_pack_and_tell, pack)
+    _listening.packings = []
+    try:
+        yield _listening.packings
+    finally:
+        _listening.packings = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

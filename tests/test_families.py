@@ -279,9 +279,9 @@ def test_maps_come_back_at_the_aspect_ratio_of_what_was_seen(case):
 
 # A budget of image tokens ---------------------------------------------------------------------------------------------
 
-# whose image tokens are queries, rows with ends of their own, none in the prompt, or a column of means
-REFUSED = {"blip-2": "queries", "llava_next": "rows with ends", "llava_onevision": "rows with ends"}
-REFUSED |= {"mllama": "no image tokens", "florence2": "queries"}
+# whose image tokens are queries, a column of means, or none in the prompt
+REFUSED = {"blip-2": "which are none", "florence2": "which are none", "mllama": "no image tokens"}
+PACKED = {"llava_next", "llava_onevision"}  # tiles put together, with an end for each row
 RECURRENT = {"lfm2_vl", "qwen3_5", "minicpmv4_6"}  # states pass over what a mask would hide
 
 
@@ -380,6 +380,8 @@ def test_a_cut_prompt_is_learned_from(cut_case):
 
 def test_tokens_stand_where_their_budget_takes_them_to_stand(cut_case):
     """What a token's feature changes with most are the pixels of its own place."""
+    if cut_case.name in PACKED:
+        pytest.skip("goes the way of its features: see test_image_tokens.py")
     inputs, model = cut_case.inputs(), cut_case.fresh
     given = model.model._image_arguments(inputs)
     given["pixel_values"] = given["pixel_values"].clone().requires_grad_()

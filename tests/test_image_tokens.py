@@ -10,6 +10,7 @@ from conftest import (
     LORA,
     PEFT_ASKS,
     TRAINING,
+    graft,
     losses,
     make_inputs,
     open_gates,
@@ -17,18 +18,21 @@ from conftest import (
     tiny_processor,
     training_examples,
 )
+from families import FAMILIES
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from transformers import LlavaConfig, TextIteratorStreamer, Trainer, TrainingArguments
+from transformers import AutoModelForImageTextToText, LlavaConfig, TextIteratorStreamer, Trainer, TrainingArguments
 
 from ase_mllm import ASEConfig, ASEDataCollator, ASEForConditionalGeneration
-from ase_mllm.image_tokens import QUALITY_POWER, choose_tokens, cut_prompt, kept_number, token_grids
+from ase_mllm.image_tokens import QUALITY_POWER, choose_tokens, cut_prompt, kept_number, pool_map, token_grids
 
 
 def chosen(features, maps, grids, budget, selection) -> list[list[int]]:
     """Places of the kept tokens, by image."""
-    kept = choose_tokens(features, maps, grids, budget, selection)
-    return [torch.nonzero(part).flatten().tolist() for part in kept.split([r * c for r, c in grids])]
+    lengths = [rows * columns for rows, columns in grids]
+    quality = [pool_map(one, grid) for one, grid in zip(maps, grids)]
+    kept = choose_tokens(features.split(lengths), quality, budget, selection)
+    return [torch.nonzero(part).flatten().tolist() for part in kept.split(lengths)]
 
 
 @pytest.mark.parametrize(
@@ -236,3 +240,29 @@ def test_what_was_kept_is_drawn_on_the_photograph():
     assert (bright == expected).float().mean() > 0.97
     with pytest.raises(ValueError, match="no `image_token_budget`"):
         processor.post_process_image_tokens(model(**inputs), inputs["input_ids"])
+
+
+@pytest.mark.parametrize(("tile", "row", "column"), [(0, 2, 3), (1, 0, 1), (2, 3, 0)])
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
+def test_tiles_are_judged_on_the_way_that_their_features_go(name, tile, row, column, monkeypatch):
+    """A map that is bright in one cell of one tile keeps the token that the base makes of that cell."""
+    model = graft(AutoModelForImageTextToText.from_config(FAMILIES[name].config())).eval()
+    model.config.image_token_selection = "saliency"
+    image = torch.randn(3, *FAMILIES[name].sizes[0])  # one row of two tiles, behind an overview
+    inputs, side = FAMILIES[name].inputs([image]), 4  # patches of a tile
+    encode = model.model.iasm.encode
+
+    def marked(*args, **kwargs):
+        said = encode(*args, **kwargs)
+        said.saliency_maps = torch.full_like(said.saliency_maps, 1e-6)
+        step = said.saliency_maps.shape[1] // side
+        said.saliency_maps[tile, row * step : (row + 1) * step, column * step : (column + 1) * step] = 1.0
+        return said
+
+    monkeypatch.setattr(model.model.iasm, "encode", marked)
+    with torch.no_grad():
+        outputs = model(**inputs, image_token_budget=1)
+    kept = outputs.image_token_mask[inputs["input_ids"] == model.config.image_token_id].nonzero().item()
+    # the overview comes first; then the rows of the whole, each with its end
+    of_whole = side**2 + row * (2 * side + 1) + (tile - 1) * side + column
+    assert kept == (row * side + column if tile == 0 else of_whole)

@@ -29,12 +29,15 @@ from .image_encoders import (
     resolve_fusion_layers,
 )
 from .image_tokens import (
+    Packing,
     PromptCut,
     choose_tokens,
     cut_features,
     cut_inputs,
     cut_prompt,
+    listen_to_packing,
     pads_left,
+    pool_map,
     shorter_limits,
     token_grids,
 )
@@ -207,13 +210,13 @@ class ASEModel(ASEPreTrainedModel):
         """
         budget = self.config.image_token_budget if image_token_budget is None else image_token_budget
         check_image_token_budget(budget)
-        with SaliencyRecorder(self) as recorder:
+        with SaliencyRecorder(self) as recorder, listen_to_packing(self.mllm.base_model) as packings:
             features = self.mllm.base_model.get_image_features(
                 pixel_values=pixel_values, **{**kwargs, "return_dict": True}
             )
         fields = recorder.saliency()
         if budget is not None:
-            fields |= self._choose_tokens(features, fields, recorder.sizes, budget)
+            fields |= self._choose_tokens(features, fields, recorder.sizes, packings, budget)
             features = cut_features(features, fields["image_tokens_kept"])
         return add_fields(features, fields)
 
@@ -222,13 +225,20 @@ class ASEModel(ASEPreTrainedModel):
         features: BaseModelOutputWithPooling,
         saliency: dict[str, torch.Tensor | None],
         sizes: list[tuple[int, int]],
+        packings: list[Packing],
         budget: float | int,
     ) -> dict[str, torch.Tensor]:
-        flat = torch.cat([one.flatten(0, -2) for one in features.pooler_output])
-        grids = token_grids(self.config.mllm_config, sizes, len(flat))
         maps, shapes = saliency["saliency_maps"], saliency["saliency_map_sizes"]
         maps = list(maps) if shapes is None else [one[:h, :w] for one, (h, w) in zip(maps, shapes.tolist())]
-        kept = choose_tokens(flat, maps, grids, budget, self.config.image_token_selection)
+        if packings:
+            parts, quality = list(features.pooler_output), packings[0].pack_quality(maps)
+            grids = [(1, len(one)) for one in parts]
+        else:
+            flat = torch.cat([one.flatten(0, -2) for one in features.pooler_output])
+            grids = token_grids(self.config.mllm_config, sizes, len(flat))
+            parts = flat.split([rows * columns for rows, columns in grids])
+            quality = [pool_map(*pair) for pair in zip(maps, grids, strict=True)]
+        kept = choose_tokens(parts, quality, budget, self.config.image_token_selection)
         return {"image_tokens_kept": kept, "image_token_grids": torch.tensor(grids, device=kept.device)}
 
     def within_budget(self, given: dict[str, Any]) -> tuple[dict[str, Any], PromptCut | None]:
