@@ -2,8 +2,10 @@
 What a budget of image tokens costs in quality: the same critic with all tokens, and with a share of them.
 
     python examples/critique/token_benchmark.py --record examples/ase-mini/TOKENS.md      # some minutes on a CPU
+    python examples/critique/token_benchmark.py --train 8000 --record runs/TOKENS-trained.md     # and half an hour before it
 
-Held-out pictures of the critique generator, one set for all rows. `diverse`, `uniform` and `saliency` are the model's own
+With `--train` the critic first learns from so many more captions, with all tokens ("all" and the rows below) or, for the
+rows that say so, within a budget drawn for each batch. Held-out pictures of the critique generator, one set for all rows. `diverse`, `uniform` and `saliency` are the model's own
 selections; `random` chooses any, the control for all three. `recall`: macro recall of faults by what captions say,
 without level and placement; `placement`: share of composites whose placement is named. Differences to all tokens are
 those of the same pictures, with the standard error of their mean.
@@ -11,21 +13,31 @@ those of the same pictures, with the standard error of their mean.
 
 import argparse
 import json
+import random
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from critique_captions import ASPECT_FAULTS, named_faults
 from critique_data import critique_dataset, load_sources
 from evaluate_ase_mini import APART, BUNDLE, caption_set
-from transformers import AutoModelForImageTextToText, AutoProcessor, logging, set_seed
+from train_ase_mini import LEARNING_RATES, OPTIONS, make_optimizer
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    logging,
+    set_seed,
+)
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import ase_mllm  # noqa: F401  (registers the Auto classes)
-from ase_mllm import image_tokens
+from ase_mllm import ASEDataCollator, image_tokens
 
 
 BUDGETS = (0.5, 0.25, 0.11)
@@ -34,6 +46,40 @@ SELECTIONS = ("diverse", "uniform", "saliency", "random")
 
 def choose_randomly(features: torch.Tensor, quality: torch.Tensor, number: int) -> torch.Tensor:
     return torch.rand(quality.shape).topk(number, dim=1).indices
+
+
+class BudgetTrainer(Trainer):
+    """Draws a budget for each batch, from the smallest that is measured to all tokens."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if model.training:
+            inputs = {**inputs, "image_token_budget": random.Random(self.state.global_step).uniform(min(BUDGETS), 1)}
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def train(kind: type[Trainer], model: PreTrainedModel, processor: Any, args: argparse.Namespace):
+    """More of the bundled model's last stage: captions, with the saliency module as it is."""
+    model.requires_grad_(True)
+    model.model.iasm.requires_grad_(False)
+    sources = load_sources("train", args.sources)
+    rows = critique_dataset("train", args.train, seed=11, sources=sources, **OPTIONS["critique"])
+    arguments = TrainingArguments(
+        output_dir="runs/token-benchmark",
+        use_cpu=not torch.cuda.is_available(),
+        num_train_epochs=1,
+        per_device_train_batch_size=16,
+        lr_scheduler_type="cosine",
+        save_strategy="no",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        report_to="none",
+        disable_tqdm=True,
+        seed=args.seed,
+    )
+    optimizer = make_optimizer(model, LEARNING_RATES["critique"], gates=10)
+    collator = ASEDataCollator(processor)
+    kind(model, arguments, train_dataset=rows, data_collator=collator, optimizers=(optimizer, None)).train()
+    model.eval()
 
 
 def figures_of(found: dict[str, list]) -> dict[str, np.ndarray]:
@@ -67,6 +113,8 @@ def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(BUNDLE))
     parser.add_argument("--samples", type=int, default=400)
+    parser.add_argument("--selections", nargs="+", choices=SELECTIONS, default=SELECTIONS)
+    parser.add_argument("--train", type=int, default=0, help="captions to learn from first")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--sources", type=Path, help="folder with the photographs and cut-outs")
@@ -76,15 +124,21 @@ def main(argv: list[str] | None = None):
     logging.set_verbosity_error()
     image_tokens._SELECT["random"] = choose_randomly
     processor = AutoProcessor.from_pretrained(args.model)
-    model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=torch.float32).eval()
     rows = critique_dataset("test", args.samples, seed=args.seed, sources=load_sources("test", args.sources))
-    results = {"all": figures_of(caption_set(model, processor, rows, args.batch_size))}
-    for budget in BUDGETS:
-        for selection in SELECTIONS:
-            model.config.image_token_selection = selection
-            found = caption_set(model, processor, rows, args.batch_size, image_token_budget=budget)
-            results[f"{budget:.0%}, {selection}"] = figures_of(found)
-    about = f"{args.samples} pictures, {Path(args.model).name}, which was trained with all of its image tokens."
+    results = {}
+    for trainer in (Trainer, BudgetTrainer)[: 2 if args.train else 1]:
+        model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=torch.float32).eval()
+        if args.train:
+            train(trainer, model, processor, args)
+        said = ", trained within budgets" if trainer is BudgetTrainer else ""
+        results[f"all{said}"] = figures_of(caption_set(model, processor, rows, args.batch_size))
+        for budget in BUDGETS:
+            for selection in args.selections:
+                model.config.image_token_selection = selection
+                found = caption_set(model, processor, rows, args.batch_size, image_token_budget=budget)
+                results[f"{budget:.0%}, {selection}{said}"] = figures_of(found)
+    after = f" after {args.train} more captions" if args.train else ""
+    about = f"{args.samples} pictures, {Path(args.model).name}{after}; trained with all image tokens where nothing is said."
     table = as_markdown(results, about)
     print(table)
     if args.record:
