@@ -313,7 +313,7 @@ def title_of(arguments: list[Path]) -> str:
 
 
 def describe(left_out: Counter) -> str:
-    return "Left out: " + ", ".join(f"{number} {kind}" for kind, number in sorted(left_out.items()))
+    return "Left out: " + ", ".join(f"{number} × {kind}" for kind, number in sorted(left_out.items()))
 
 
 def run(library: Library, found: Found, files: list[Path], args: argparse.Namespace) -> int:
@@ -370,5 +370,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     sys.exit(main())

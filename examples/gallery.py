@@ -82,7 +82,7 @@ def index_rows(library: Library) -> Iterator[list[Any]]:
             row["width"],
             row["height"],
             row["thumbnail"],
-            row["overlay"],
+            urllib.parse.quote(row["overlay"]),
             row["taken_at"],
             row["note"],
         ]

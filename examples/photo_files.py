@@ -61,9 +61,9 @@ KINDS = {
     ".bmp": "BMP",
     ".jxl": "JPEG XL",
     **dict.fromkeys([".jp2", ".j2k", ".jpx"], "JPEG 2000"),
-    **dict.fromkeys([".psd", ".psb", ".xcf", ".svg", ".ai", ".eps", ".pdf"], "drawings and layered files"),
-    **dict.fromkeys([".mov", ".mp4", ".m4v", ".avi", ".mts", ".m2ts", ".mkv", ".3gp", ".webm", ".mpg"], "videos"),
-    **dict.fromkeys([".xmp", ".aae", ".pp3", ".dop"], "sidecars"),
+    **dict.fromkeys([".psd", ".psb", ".xcf", ".svg", ".ai", ".eps", ".pdf"], "drawing or layered file"),
+    **dict.fromkeys([".mov", ".mp4", ".m4v", ".avi", ".mts", ".m2ts", ".mkv", ".3gp", ".webm", ".mpg"], "video"),
+    **dict.fromkeys([".xmp", ".aae", ".pp3", ".dop"], "sidecar"),
 }
 # Folders of thumbnails and of what was deleted, by the names that storage boxes and programs give them
 NOT_ALBUMS = {"@eadir", "#recycle", "@recycle", "#snapshot", "$recycle.bin", "system volume information", "lost+found"}
@@ -146,7 +146,7 @@ def find_photos(arguments: list[Path]) -> Found:
         unique.setdefault(os.path.realpath(file), file)
     for real, file in unique.items():
         if is_result(Path(real)):
-            found.left_out["results of this program"] += 1
+            found.left_out["result of this program"] += 1
         else:
             found.files.append(file)
     return found
@@ -155,21 +155,21 @@ def find_photos(arguments: list[Path]) -> Found:
 def folder_left_out(folder: Path) -> str | None:
     """Why a folder is not searched, in the words of the page."""
     if folder.is_symlink():
-        return f"linked folders ({folder})"
+        return f"linked folder ({folder})"
     if folder.name.lower() in NOT_ALBUMS or folder.name in (".thumbnails", ".Trash"):
-        return f"{folder.name} folders"
+        return f"{folder.name} folder"
     if folder.name.startswith("."):
-        return "hidden folders"
+        return "hidden folder"
     if folder.name.lower().endswith(".lrdata"):
-        return "Lightroom's preview folders"
-    return "folders of results of this program" if is_result(folder / "photo") else None
+        return "folder of Lightroom's previews"
+    return "folder of results of this program" if is_result(folder / "photo") else None
 
 
 def file_left_out(name: str) -> str | None:
     if name.startswith("."):
-        return "hidden files"
+        return "hidden file"
     suffix = os.path.splitext(name)[1].lower()
-    return None if suffix in SUFFIXES else KINDS.get(suffix, "other files")
+    return None if suffix in SUFFIXES else KINDS.get(suffix, "other file")
 
 
 def is_result(file: Path) -> bool:
@@ -206,7 +206,8 @@ def read_photo(path: Path, judged: Container[str] = ()) -> Photo | Judged | Fail
         limit = Image.MAX_IMAGE_PIXELS / 1e6
         return Failure(path, f"too large: over the limit of {limit:.3g} megapixels (raise it with --max-megapixels)")
     except UnidentifiedImageError:
-        kind = KINDS.get(path.suffix.lower())
+        suffix = path.suffix.lower()
+        kind = None if suffix in SUFFIXES else KINDS.get(suffix)
         return Failure(path, kind or "not a JPEG, PNG, WebP, AVIF or TIFF image, or damaged at its start")
     except ReducedCopyError as error:
         return Failure(path, str(error))
@@ -231,29 +232,24 @@ def read_picture(path: Path, stamp: Stamp) -> Photo:
         with Image.open(path, formats=FORMATS) as image:
             width, height = image.size
             image.draft("RGB", (PHOTO_SIDE, PHOTO_SIDE))  # a large JPEG is decoded small
-            turned, taken_at = from_exif(image)
+            taken_at = time_taken(image)
             image = read_photograph(image, PHOTO_SIDE)
     except ReducedCopyError:  # a raw file by another name
         if rawpy is None:
             raise
         return read_raw(path, stamp)
-    if turned:
+    if (width < height) != (image.width < image.height):  # it lay on its side
         width, height = height, width
     return without_borders(Photo(path, image, width, height, stamp, taken_at))
 
 
-def from_exif(image: Image.Image) -> tuple[bool, str | None]:
-    """Whether the picture lies on its side, and when it was taken; what cannot be read is not known."""
+def time_taken(image: Image.Image) -> str | None:
+    """By the camera's clock, ISO 8601; nothing if EXIF does not say it or cannot be read."""
     try:
-        exif = image.getexif()
-        turned = exif.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-        taken = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.DateTimeOriginal)
-    except Exception:  # Pillow raises nearly anything on broken EXIF
-        return False, None
-    try:
-        return turned, datetime.strptime(str(taken).strip("\0 "), "%Y:%m:%d %H:%M:%S").isoformat()
-    except ValueError:  # none, or a camera whose clock was never set
-        return turned, None
+        taken = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.DateTimeOriginal)
+        return datetime.strptime(str(taken).strip("\0 "), "%Y:%m:%d %H:%M:%S").isoformat()
+    except Exception:  # Pillow raises nearly anything on broken EXIF; clocks that were never set say year 0
+        return None
 
 
 def read_raw(path: Path, stamp: Stamp) -> Photo:
@@ -267,7 +263,7 @@ def read_raw(path: Path, stamp: Stamp) -> Photo:
     if sizes.flip in (5, 6):  # a quarter to the left, to the right
         width, height = height, width
     image = read_photograph(image, PHOTO_SIDE)
-    return without_borders(Photo(path, image, width, height, stamp, taken_at_of(path)))
+    return without_borders(Photo(path, image, width, height, stamp, raw_time_taken(path)))
 
 
 def raw_preview(raw: Any) -> Image.Image | None:
@@ -287,11 +283,11 @@ def raw_preview(raw: Any) -> Image.Image | None:
     return image
 
 
-def taken_at_of(raw: Path) -> str | None:
+def raw_time_taken(raw: Path) -> str | None:
     """When a raw file was taken, where it is a TIFF inside, as most are."""
     try:
         with Image.open(raw, formats=["TIFF"]) as image:
-            return from_exif(image)[1]
+            return time_taken(image)
     except Exception:  # not one of these, or another that Pillow does not know
         return None
 
@@ -315,6 +311,7 @@ def without_borders(photo: Photo) -> Photo:
             content = shares[edge : edge + 4] if inwards == 1 else shares[edge - 4 : edge]
             if border >= max(2, len(shares) / 100) and content.max(initial=0) > 0.6:
                 box[side] = int(edge)
+        lit = lit[box[1] : box[3]]  # bars above and below are no part of the columns
     width, height = box[2] - box[0], box[3] - box[1]
     if (width, height) == photo.image.size or width * height < photo.image.width * photo.image.height / 2:
         return photo

@@ -144,11 +144,11 @@ def test_own_results_are_not_captioned(captioned):
     found = photo_files.find_photos([captioned.folder, captioned.folder / "alpha.png", overlay])
     assert len(found.files) == len(GOOD) + len(BROKEN)
     assert found.left_out == {
-        "hidden files": 1,
-        "hidden folders": 1,
-        "other files": 6,  # the notes, and the library with its exports
-        "folders of results of this program": 2,
-        "results of this program": 1,
+        "hidden file": 1,
+        "hidden folder": 1,
+        "other file": 6,  # the notes, and the library with its exports
+        "folder of results of this program": 2,
+        "result of this program": 1,
     }
 
 
