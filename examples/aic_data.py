@@ -3,30 +3,43 @@ Data sets of aesthetic image captioning in one schema, and a report of what they
 
     python examples/aic_data.py my-photographs
     python examples/aic_data.py PCCD --images PCCD/images/full
-    python examples/aic_data.py flickr-aes-test.json --images FLICKR-AES --score-range 0 1
+    python examples/aic_data.py scores.csv --images photographs --score-range 0 100
     python examples/aic_data.py somebody/photo-critiques --columns caption=text --streaming
 
-Sources, told apart by their names and contents (`readers` has a file a form):
+Sources, told apart by their names and contents (`readers` has a file a form); a folder works as its files do:
     a folder with metadata.jsonl or metadata.csv   your own, as imagefolder has it: file_name, caption or captions, ...
     any .jsonl, .csv or .json list of such rows    e.g. [{"image": "953980.jpg", "gt_score": 5.21}] of score lists
-    guru_{train,validation,test}.json              PCCD, one row for each of the seven aspects of a photograph
+    rows with "conversations" or "messages"        LLaVA's and OpenAI's: an answer a row, with the question before it
+    a .json with "images" and "annotations"        captions as COCO has them
+    guru_{train,validation,test}.json, raw.json    PCCD, one row for each of the seven aspects of a photograph
     a .json with "images" and their "sentences"    AVA-Captions (Karpathy's form)
     color_lighting.json, composition.json, ...     DPC-Captions
-    processed_info_{train,validation,test}.json    RPCD
-    AVA.txt                                        AVA, counts of the scores 1 to 10
+    245925.json, ...                               DPC2022 of ARIC, comments with their relevance
+    processed_info_{train,validation,test}.json    RPCD, and PCCD and AVA as Aestheval has them
+    raw_reddit_photocritique_comments.csv, ...     RPCD before that
+    AVA.txt, TANet's .csv, AVA_Comments_Full.txt   AVA, counts of the scores 1 to 10, and comments
+    APDDv2-10023.csv                               paintings, ten scores besides the total
     a Hub id, or a folder of Parquet files         with an image column
 
 The rows' columns are FEATURES. In your own data: `image` or `file_name`; `captions` (a list) or `caption`; and as you
 like `score`, `rating` or `gt_score` (one number, or ten counts or shares of the scores 1 to 10), `aspect` (the topic of
-the captions), `caption_weight` (aesthetic relevance, one number or one a caption), `aspect_labels`, `saliency`,
-`image_id`, `split`. A split is otherwise named by the file or a folder (train, validation or val, test).
+the captions), `prompt` (your own question), `caption_weight` (aesthetic relevance, one number or one a caption),
+`aspect_labels`, `saliency`, `image_id`, `split`.
+
+A photograph's id is the path of its picture below the data, without suffix. A name that has no such file is a missing
+image: another of the same name elsewhere is never taken for it. Only where data have bare names, as AVA's ids, and the
+pictures lie in some folder below, one that is the only one of its name will do.
+
+A split is the row's own, or named by a folder directly below the data (train, validation or val, test), or by the last
+word of the file's name (guru_test.json, captions_val2014.json); otherwise it is train. Single scores are from 1 to 10 if
+nothing else is told by `--score-range`, by the form, or by the name of a known data set in that of the file or a folder
+(`scales`); scores that do not look like 1 to 10 are an error.
 
 Pictures are yours to bring. What is left out and what is odd is counted, with examples; nothing of it is an error,
 except photographs that are both trained and evaluated on.
 """
 
 import argparse
-import csv
 import functools
 import hashlib
 import itertools
@@ -36,52 +49,64 @@ import posixpath
 import random
 import re
 import sys
-import unicodedata
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from io import BytesIO
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import datasets
 import numpy as np
 from common import words
-from PIL import Image
-from readers import find_files, read_rows
+from data_report import PROBLEMS, Report, SplitReport, is_kept
+from datasets.exceptions import DatasetsError
+from picture_files import PictureIndex, find_picture, index_pictures, is_damaged, normal_path, photograph_id
+from picture_files import without_suffix as without_suffix
+from readers import RefusedFile, find_files, is_data, read_rows
+from readers.conversations import PLACEHOLDER
+from scales import DEFAULT, Scale, known_scale, misfit, say_scale
 
 from ase_mllm import ASEProcessor
-from ase_mllm.processing_ase import AESTHETIC_PROMPTS
+from ase_mllm.processing_ase import AESTHETIC_PROMPTS, OPTIONAL_COLUMNS
 
 
 FEATURES = datasets.Features(
     {
         "image": datasets.Image(),
-        "image_id": datasets.Value("string"),  # the picture's file name without its suffix, or the source's own
+        "image_id": datasets.Value("string"),  # see `photograph_id`, or the source's own
         "captions": datasets.List(datasets.Value("string")),
         "caption_weights": datasets.List(datasets.Value("float64")),  # one a caption, or null
+        "prompt": datasets.Value("string"),  # the row's own question, without a place for the picture; null: by topic
         "topic": datasets.Value("string"),  # what the captions are about; null: everything
         "topic_score": datasets.Value("float64"),  # of this topic alone
+        "topic_scores": datasets.List(  # of the photograph, all that are known, or null
+            {"topic": datasets.Value("string"), "score": datasets.Value("float64")}
+        ),
         "score": datasets.List(datasets.Value("float64")),  # ten shares of the scores 1 to 10, where they are known
-        "score_mean": datasets.Value("float64"),  # of the photograph, on the scale 1 to 10
+        "score_mean": datasets.Value("float64"),  # of the photograph, on the scale 1 to 10, as the topics' scores are
         "aspect_labels": datasets.List(datasets.Value("float64")),
         "saliency": datasets.List(datasets.List(datasets.Value("float64"))),
         "split": datasets.Value("string"),
     }
 )
-# on the way: pictures unread, and what is wrong with the row
-RAW_FEATURES = datasets.Features(
-    {**FEATURES, "image": datasets.Image(decode=False), "problems": datasets.List(datasets.Value("string"))}
-)
+# on the way: pictures unread, and what the report tells of the row
+NOTES = {
+    "problems": datasets.List(datasets.Value("string")),
+    "place": datasets.Value("string"),  # file and line
+    "split_rule": datasets.Value("string"),
+    "unscaled": datasets.Value("float64"),  # the score as given, where nobody told its scale
+    "scale": datasets.Value("string"),  # what the score was read as
+}
+RAW_FEATURES = datasets.Features({**FEATURES, "image": datasets.Image(decode=False), **NOTES})
 
 SPLITS = {
     **dict.fromkeys(("train", "training", "restval"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
+# words after a split in the name of a file, as in test_set.csv
+OF_FILES = {"set", "split", "data", "list", "labels", "annotations", "captions", "scores"}
 MAX_WORDS = 300  # longer texts are counted as overlong, and kept: the collator cuts them
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif")
-UNREAD_SUFFIXES = (".avif", ".heic", ".heif", ".hif", ".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2")
 PROMPTS = {  # for topics that do not fit "Critique the ... of this photograph."
     **AESTHETIC_PROMPTS,
     "general_impression": "Give your general impression of this photograph.",
@@ -91,151 +116,40 @@ PROMPTS = {  # for topics that do not fit "Critique the ... of this photograph."
     "depth_and_focus": AESTHETIC_PROMPTS["focus"],
     "color_lighting": "Critique the colours and the light of this photograph.",
 }
-
-PROBLEMS = {  # what is done about them
-    "missing image": "row left out",
-    "damaged image": "row left out",
-    "unreadable row": "row left out",
-    "nothing to learn from": "row left out",
-    "empty text": "value left out",
-    "unreadable text": "value left out",
-    "unparsable score": "value left out",
-    "score out of range": "value left out",
-    "unparsable topic score": "value left out",
-    "unreadable caption_weight": "value left out",
-    "unreadable aspect_labels": "value left out",
-    "unreadable saliency": "value left out",
-    "repeated row": "kept",
-    "repeated text": "kept",
-    "overlong text": "kept",
-    "broken characters": "kept",
-}
-OF_PHOTOGRAPHS = ("missing image", "damaged image", "unparsable score", "score out of range")  # counted once each
+NO_SPLIT = "train", "nothing, so train"
 
 
 @dataclass(frozen=True)
 class Options:
-    """How rows are read; see `load`."""
+    """How rows are read; see `load`. `known` is the data set that a name tells, and its scale."""
 
     columns: dict[str, str]
-    score_range: tuple[float, float] | None
+    score_range: Scale | None
     decode_images: bool
-
-
-# Report --------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class SplitReport:
-    """Counts of one split. Texts, topics and scores are those of the rows that are kept."""
-
-    rows: int = 0
-    left_out: int = 0
-    words: list[int] = field(default_factory=list, repr=False)  # of each caption
-    scores: list[float] = field(default_factory=list, repr=False)  # of each photograph that has one
-    with_distribution: int = 0
-    topics: Counter = field(default_factory=Counter)
-    problems: Counter = field(default_factory=Counter)
-    examples: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    image_ids: set[str] = field(default_factory=set, repr=False)
-    _seen: set[int] = field(default_factory=set, repr=False)  # hashes, millions of texts do not fit otherwise
-
-    def add(self, row: dict[str, Any]):
-        """Counts a row of `RAW_FEATURES`; its image is not looked at."""
-        self.rows += 1
-        image_id, topic = row["image_id"], row["topic"]
-        for problem in row["problems"]:
-            if problem not in OF_PHOTOGRAPHS or self._is_new(problem, image_id):
-                self._note(problem, image_id)
-        if not is_kept(row["problems"]):
-            self.left_out += 1
-            return
-        if not self._is_new("row", image_id, topic):
-            self._note("repeated row", image_id)
-        for text in row["captions"]:
-            if not self._is_new("text", image_id, topic, text):
-                self._note("repeated text", image_id)
-            self.words.append(len(words(text)))
-        self.topics[topic or "(everything)"] += 1
-        if image_id not in self.image_ids and row["score_mean"] is not None:
-            self.scores.append(row["score_mean"])
-            self.with_distribution += row["score"] is not None
-        self.image_ids.add(image_id)
-
-    def _is_new(self, *key: str | None) -> bool:
-        known = len(self._seen)
-        self._seen.add(hash(key))
-        return len(self._seen) > known
-
-    def _note(self, problem: str, image_id: str):
-        self.problems[problem] += 1
-        if len(self.examples[problem]) < 5 and image_id not in self.examples[problem]:
-            self.examples[problem].append(image_id)
-
-    def figures(self) -> dict[str, int | str]:
-        figures: dict[str, int | str] = {
-            "rows": self.rows,
-            "rows left out": self.left_out,
-            "photographs": len(self.image_ids),
-            "captions": len(self.words),
-        }
-        if self.words:
-            figures |= {"words a caption": f"{np.mean(self.words):.1f}", "words at most": max(self.words)}
-        figures |= {"photographs with a score": len(self.scores), "with a distribution": self.with_distribution}
-        if self.scores:
-            figures["mean score"] = f"{np.mean(self.scores):.2f}"
-            figures["range of scores"] = f"{min(self.scores):.2f}-{max(self.scores):.2f}"
-        return figures
-
-
-@dataclass
-class Report:
-    """What a source holds, split by split; `str(report)` is a table."""
-
-    source: str
-    splits: dict[str, SplitReport] = field(default_factory=dict)
-    rows_checked: int | None = None  # of each split; None: all
-
-    def __str__(self) -> str:
-        parts = self.splits.values()
-        columns = [part.figures() for part in parts]
-        lines = [("", *self.splits)]
-        for name in dict.fromkeys(itertools.chain(*columns)):
-            lines.append((name, *(column.get(name, "") for column in columns)))
-        topics = dict.fromkeys(itertools.chain(*(part.topics for part in parts)))
-        if set(topics) != {"(everything)"}:
-            lines += [(f"rows about {name}", *(part.topics[name] for part in parts)) for name in topics]
-        examples = []
-        for problem, consequence in PROBLEMS.items():
-            if any(part.problems[problem] for part in parts):
-                lines.append((f"{problem} ({consequence})", *(part.problems[problem] for part in parts)))
-                ids = itertools.chain(*(part.examples.get(problem, []) for part in parts))
-                examples.append(f"{problem}: {', '.join(itertools.islice(ids, 5))}")
-        width = max(len(line[0]) for line in lines)
-        table = [line[0].ljust(width) + "".join(str(cell).rjust(12) for cell in line[1:]) for line in lines]
-        checked = [] if self.rows_checked is None else [f"Of the first {self.rows_checked} rows of each split."]
-        return "\n".join([self.source, *table, *checked, *(["For example:", *examples] if examples else [])])
+    known: tuple[str, Scale] | None = None
 
 
 # One row -------------------------------------------------------------------------------------------------------------
 
 
 def to_schema(
-    row: dict[str, Any], image: dict[str, Any] | None, image_id: str, split: str, options: Options
+    row: dict[str, Any], image: dict[str, Any] | None, image_id: str, split: tuple[str, str], options: Options
 ) -> dict[str, Any]:
     """
     A row of any source, by the names of the schema and their synonyms, to `RAW_FEATURES`.
 
     Args:
         image: `path` or `bytes` of the picture, None where there is none.
-        split: Of rows that do not name their own.
+        image_id: Of rows that do not name their own.
+        split: Of rows that do not name their own, and how it was told.
     """
     problems: list[str] = []
     captions, weights = read_texts(row, problems)
-    shares, mean = read_score(row, options.score_range, problems)
-    topic = str(row.get("topic") or row.get("aspect") or "").strip() or None
-    topic_score = on_scale(row.get("topic_score"), None, problems, "unparsable topic score")
-    if image is None:
+    shares, mean, unscaled, scale = read_score(row, options, problems)
+    topic = read_name(row.get("topic") or row.get("aspect"))
+    if row.get("problem") in PROBLEMS:
+        problems.append(row["problem"])
+    elif image is None:
         problems.append("missing image")
     elif is_damaged(image, options.decode_images):
         problems.append("damaged image")
@@ -243,21 +157,51 @@ def to_schema(
     told = mean if topic is None else None  # the score of a topic's row is told by the photograph's others
     if not captions and told is None and labels is None and saliency is None:
         problems.append("nothing to learn from")
-    split = str(row.get("split") or split)
+    if (own := read_name(row.get("split"))) is not None:
+        split = own, "a column"
     return {
         "image": image,
-        "image_id": image_id,
+        "image_id": read_image_id(row, problems) or image_id,
         "captions": captions,
         "caption_weights": weights,
+        "prompt": PLACEHOLDER.sub("", read_name(row.get("prompt")) or "").strip() or None,
         "topic": topic,
-        "topic_score": topic_score,
+        "topic_score": on_scale(row.get("topic_score"), row.get("topic_range"), problems, "topic score"),
+        "topic_scores": read_topic_scores(row, problems),
         "score": shares,
         "score_mean": mean,
         "aspect_labels": labels,
         "saliency": saliency,
-        "split": SPLITS.get(split.lower(), split),
+        "split": SPLITS.get(split[0].lower(), split[0]),
         "problems": problems,
+        "place": None,
+        "split_rule": split[1],
+        "unscaled": unscaled,
+        "scale": scale,
     }
+
+
+def whole(text: str) -> str:
+    """The text with U+FFFD for halves of characters, which no file can hold."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+
+def read_name(value: Any) -> str | None:
+    """A name, an id or a short text; None for anything else and for nothing."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # as tables with gaps have their ids
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        return None
+    return whole(str(value)).strip() or None
+
+
+def read_image_id(row: dict[str, Any], problems: list[str]) -> str | None:
+    value = row.get("image_id")
+    name = read_name(value)
+    if value not in (None, "") and (name is None or not name.isprintable()):
+        problems.append("unreadable image_id")
+        return None
+    return None if name is None else photograph_id(name)
 
 
 def read_texts(row: dict[str, Any], problems: list[str]) -> tuple[list[str], list[float] | None]:
@@ -267,60 +211,101 @@ def read_texts(row: dict[str, Any], problems: list[str]) -> tuple[list[str], lis
     weights = row.get("caption_weights", row.get("caption_weight"))
     if not isinstance(weights, list):
         weights = None if weights in (None, "") else [weights] * len(texts)
-    weights = read_numbers({"caption_weight": weights}, "caption_weight", 1, problems)
+    weights = read_numbers({"caption_weight": weights}, "caption_weight", 1, problems) if texts else None
     if weights is not None and len(weights) != len(texts):
         problems.append("unreadable caption_weight")
         weights = None
-    kept = []
+    kept = {}
     for position, text in enumerate(texts):
         if text is None or (isinstance(text, str) and not text.strip()):
             problems.append("empty text")
         elif not isinstance(text, str):
             problems.append("unreadable text")
+        elif PLACEHOLDER.search(text):  # the model would look for another picture there
+            problems.append("image token in text")
         else:
-            kept.append(position)
+            kept[position] = text = whole(text).strip()
             problems += ["overlong text"] * (len(words(text)) > MAX_WORDS)
             problems += ["broken characters"] * ("\ufffd" in text)
-    captions = [texts[position].strip() for position in kept]
-    return captions, None if weights is None else [weights[position] for position in kept]
+    return list(kept.values()), None if weights is None else [weights[position] for position in kept]
 
 
 def read_score(
-    row: dict[str, Any], score_range: tuple[float, float] | None, problems: list[str]
-) -> tuple[list[float] | None, float | None]:
-    """Shares of the scores 1 to 10 if they are given, and the mean on that scale."""
+    row: dict[str, Any], options: Options, problems: list[str]
+) -> tuple[list[float] | None, float | None, float | None, str | None]:
+    """
+    Shares of the scores 1 to 10 if they are given, and the mean on that scale; the score as given if nobody told its
+    scale; what it was read as, in words.
+    """
     value = next((row[name] for name in ("rating", "score", "gt_score") if row.get(name) not in (None, "")), None)
-    if not isinstance(value, list):
-        return None, on_scale(value, score_range or row.get("score_range"), problems)
-    try:
-        counts = np.array(value, dtype=np.float64)
-    except (TypeError, ValueError):
-        counts = np.zeros(0)
-    if counts.shape != (10,) or not np.isfinite(counts).all() or counts.min() < 0 or counts.sum() == 0:
+    if value is None:
+        return None, None, None, None
+    if isinstance(value, list):
+        shares = read_shares(value)
+        if shares is None:
+            problems.append("unparsable score")
+            return None, None, None, None
+        return shares, float(np.dot(shares, np.arange(1, 11))), None, "counts or shares of 1 to 10"
+    number, told = read_number(value), options.score_range or row.get("score_range")
+    if number is None or (told is not None and not is_scale(told)):
         problems.append("unparsable score")
-        return None, None
-    shares = counts / counts.sum()
-    return shares.tolist(), float(shares @ np.arange(1, 11))
+        return None, None, None, None
+    if told is not None:
+        return None, on_scale(number, told, problems), None, say_scale(told)
+    if options.known is not None:
+        name, told = options.known
+        return None, on_scale(number, told, problems), None, f"{say_scale(told)} by the name {name}"
+    unscaled = (
+        number if number >= 0 else None
+    )  # a negative score is no rating on any usual scale, but one row's mistake
+    return None, on_scale(number, DEFAULT, problems), unscaled, f"{say_scale(DEFAULT)}, which nothing says"
 
 
-def on_scale(
-    value: Any, score_range: tuple[float, float] | None, problems: list[str], problem: str = "unparsable score"
-) -> float | None:
-    """A score in `score_range` (by default 1 to 10) on the scale 1 to 10; None where there is none."""
-    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
-        return None
+def read_shares(counts: list[Any]) -> list[float] | None:
     try:
-        score = float(value)
-    except (TypeError, ValueError):
-        score = math.nan
-    worst, best = score_range or (1, 10)
-    if math.isnan(score):
-        problems.append(problem)
+        counts = np.array(counts, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    if counts.shape != (10,) or not np.isfinite(counts).all() or counts.min() < 0 or not 0 < counts.sum() < np.inf:
+        return None
+    return (counts / counts.sum()).tolist()
+
+
+def read_number(value: Any) -> float | None:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) and not isinstance(value, bool) else None
+
+
+def is_scale(value: Any) -> bool:
+    numbers = [read_number(one) for one in value] if isinstance(value, list | tuple) else []
+    return len(numbers) == 2 and None not in numbers and numbers[0] < numbers[1]
+
+
+def on_scale(value: Any, scale: Scale | None, problems: list[str], what: str = "score") -> float | None:
+    """A score on its scale (by default 1 to 10) on the scale 1 to 10; None where there is none."""
+    if value is None or value == "":
+        return None
+    score, (worst, best) = read_number(value), scale or DEFAULT
+    if score is None:
+        problems.append(f"unparsable {what}")
     elif not worst <= score <= best:
-        problems.append("score out of range")
+        problems.append(f"{what} out of range")
     else:
         return 1 + 9 * (score - worst) / (best - worst)
     return None
+
+
+def read_topic_scores(row: dict[str, Any], problems: list[str]) -> list[dict[str, Any]] | None:
+    """Where the row is about one of the topics, what is wrong with the others is told by their rows."""
+    given = row.get("topic_scores")
+    if not isinstance(given, dict):
+        return None
+    wrong = problems if row.get("topic") is None else []
+    scores = {topic: on_scale(score, row.get("topic_range"), wrong, "topic score") for topic, score in given.items()}
+    return [{"topic": whole(topic), "score": score} for topic, score in scores.items() if score is not None] or None
 
 
 def read_numbers(row: dict[str, Any], name: str, dimensions: int, problems: list[str]) -> list | None:
@@ -329,109 +314,111 @@ def read_numbers(row: dict[str, Any], name: str, dimensions: int, problems: list
         return None
     try:
         array = np.array(value, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         array = np.zeros(())
-    if array.ndim != dimensions or not np.isfinite(array).all():
+    low, high = OPTIONAL_COLUMNS[name]
+    if (
+        array.ndim != dimensions
+        or not array.size
+        or not np.isfinite(array).all()
+        or (array < low).any()
+        or (array > high).any()
+    ):
         problems.append(f"unreadable {name}")
         return None
     return array.tolist()
 
 
-def is_damaged(image: dict[str, Any], decode: bool) -> bool:
-    """Whether the head of the picture cannot be read or, if it is decoded, any of it."""
-    try:
-        if decode:
-            datasets.Image().decode_example(image)
-        elif image["bytes"] is not None or "://" not in image["path"]:
-            Image.open(image["path"] if image["bytes"] is None else BytesIO(image["bytes"])).close()
-    except Exception:  # Pillow's decoders raise nearly anything on damaged files
-        return True
-    return False
-
-
-def is_kept(problems: list[str]) -> bool:
-    return not any(PROBLEMS[problem] == "row left out" for problem in problems)
-
-
 # Files ---------------------------------------------------------------------------------------------------------------
 
 
-def split_of(path: Path) -> str:
-    """The split that the last part of a path names which names any, `train` if none does."""
-    parts = re.split(r"[^a-z]+", path.as_posix().lower())
-    return next((SPLITS[part] for part in reversed(parts) if part in SPLITS), "train")
-
-
-def index_images(folder: Path, by_name: bool) -> dict[str, str]:
-    """All pictures in a folder by their relative paths, and also by names and stems where these are unique."""
-    by_path, named = {}, defaultdict(list)
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            stem, suffix = os.path.splitext(name)
-            if suffix.lower() in SUFFIXES:
-                path = os.path.join(parent, name)
-                by_path[Path(path).relative_to(folder).as_posix()] = path
-                for key in (name, stem):
-                    named[key].append(path)
-    unique = {key: paths[0] for key, paths in named.items() if len(paths) == 1}
-    return unique | by_path if by_name else by_path
-
-
-def without_suffix(name: str) -> str:
-    stem, suffix = os.path.splitext(name)
-    return stem if suffix.lower() in (*SUFFIXES, *UNREAD_SUFFIXES) else name  # a title may have a dot of its own
-
-
-def photograph_id(name: str) -> str:
+def split_of(file: PurePosixPath, picture: str) -> tuple[str, str]:
     """
-    The one id of a photograph, from its path below the data: no suffix of a picture, slashes, no `.` and `..` within.
+    The split of a row, and what told it.
 
     Args:
-        name: What a row gives as its `file_name`, `path`, `image` or `image_id`; of paths only those below one root
-            are comparable.
+        file: Where the row stands, below the data.
+        picture: Its picture, below the data.
     """
-    # NOTE: composed, because macOS writes an é of two characters into the names of files
-    name = unicodedata.normalize("NFC", str(name)).replace("\\", "/")
-    return without_suffix(posixpath.normpath(name)) if name else ""
+    words = re.findall(r"[a-z]+", file.stem.lower())
+    while words and words[-1] in OF_FILES:
+        words.pop()
+    if len(file.parts) > 1 and file.parts[0].lower() in SPLITS:
+        return SPLITS[file.parts[0].lower()], "a folder's name"
+    if words and words[-1] in SPLITS:
+        return SPLITS[words[-1]], "the file's name"
+    folder, _, below = picture.partition("/")
+    return (SPLITS[folder.lower()], "a folder's name") if below and folder.lower() in SPLITS else NO_SPLIT
 
 
-def find_image(name: str, index: dict[str, str]) -> dict[str, Any] | None:
-    """The picture of that path, else name, else stem."""
-    if os.path.isabs(name):
-        path = name if os.path.isfile(name) else None
-    else:
-        short = os.path.basename(name)
-        keys = (os.path.normpath(name), short, without_suffix(short)) if name else ()
-        path = next((index[key] for key in keys if key in index), None)
-    return None if path is None else {"path": path, "bytes": None}
-
-
-def file_rows(files: list[Path], root: Path, images: Path | None, options: Options) -> Iterator[dict[str, Any]]:
-    """Rows in `RAW_FEATURES` of files below `root`."""
-    # NOTE: metadata files mean the picture beside them; of that name there may be another in the test folder
-    find_index = functools.cache(index_images)
+def file_rows(
+    files: list[Path], root: Path, images: Path | None, options: Options, notes: list[str]
+) -> Iterator[dict[str, Any]]:
+    """Rows in `RAW_FEATURES` of files below `root`; what is not read is noted."""
+    find_index = functools.cache(index_pictures)
     for file in files:
-        is_metadata = file.stem == "metadata"
-        index = find_index(images or file.parent, by_name=images is not None or not is_metadata)
-        place = file.relative_to(root)
-        for number, content in enumerate(read_rows(file), start=1):
+        try:
+            rows = read_rows(file, options.columns)
+        except RefusedFile as error:
+            if len(files) == 1:
+                raise
+            notes.append(f"Not read: {error}")
+            continue
+        place = PurePosixPath(file.relative_to(root).as_posix())
+        names = [file.stem, *(part.name for part in file.parents[: len(place.parts)])]
+        here_options = replace(options, known=known_scale(names))
+        here = "" if len(place.parts) == 1 else place.parent.as_posix()
+        beside = file.stem == "metadata"  # it means the picture of that very path
+        for number, content in rows:
             row = content or {}
-            row = {**row, **{name: row.get(given) for name, given in options.columns.items()}}
-            name = str(row.get("image") or row.get("file_name") or "")
-            picture = place.with_name(f"{place.name}:{number}") if name == "" else place.parent / name
-            folders = [part for part in picture.parent.parts if part.lower() not in SPLITS]
-            image_id = row.get("image_id") or Path(*folders, without_suffix(picture.name)).as_posix()
-            split_here = split_of(picture.parent if is_metadata else place)
-            result = to_schema(row, find_image(name, index), str(image_id), split_here, options)
+            name = read_name(row.get("image")) or ""
+            found = find_row_picture(name, here, images, beside, find_index(images or root)) if name else None
+            split = split_of(place, normal_path(posixpath.join(here, name) if beside else name))
+            image = None if found is None else {"path": found[0], "bytes": None}
+            where = f"{place}:{number}"
+            # what lies beside a file in a folder is told from what lies beside another; a split's folder is none
+            folder = here if beside else "" if found is None else found[1]
+            first, _, below = folder.partition("/")
+            folder = below if first.lower() in SPLITS else folder
+            image_id = photograph_id(posixpath.join(folder, name)) if name else where
+            result = to_schema(row, image, image_id, split, here_options)
+            result["place"] = where
             if content is None:
                 result["problems"] = ["unreadable row"]
             yield result
 
 
-def load_files(files: list[Path], root: Path, images: Path | None, options: Options) -> dict[str, datasets.Dataset]:
+def find_row_picture(
+    name: str, here: str, images: Path | None, beside: bool, index: PictureIndex
+) -> tuple[str, str] | None:
+    """
+    A row's picture and the folder below the data beside whose file it was found, if it was.
+
+    Args:
+        here: The folder of the row's file below the data.
+        images: The folder of all pictures, if the user gave one.
+        beside: Whether the file means only pictures by their paths from it.
+    """
+    if images is not None:
+        found = find_picture(name, ["", here], index, by_name=True)
+        # names may begin with the folder that the user gave: images/1.jpg
+        short = normal_path(name).removeprefix(f"{images.resolve().name}/")
+        found = found or (find_picture(short, [""], index, by_name=True) if "/" in normal_path(name) else None)
+        return None if found is None else (found[0], "")
+    if beside:
+        return find_picture(name, [here], index, by_name=False)
+    found = find_picture(name, [here, "", "images"], index, by_name=True)
+    return found if found is None or found[1] == here else (found[0], "")
+
+
+def load_files(
+    files: list[Path], root: Path, images: Path | None, options: Options, notes: list[str]
+) -> dict[str, datasets.Dataset]:
     rows = defaultdict(list)
-    for row in file_rows(files, root, images, options):
+    for row in file_rows(files, root, images, options, notes):
         rows[row["split"]].append(row)
+    if not rows:
+        raise ValueError("\n".join([f"No file of {root} holds rows.", *notes]))
     return {name: datasets.Dataset.from_list(part, features=RAW_FEATURES) for name, part in rows.items()}
 
 
@@ -441,7 +428,7 @@ def load_files(files: list[Path], root: Path, images: Path | None, options: Opti
 def load_hub(
     source: str, options: Options, streaming: bool
 ) -> dict[str, datasets.Dataset] | dict[str, datasets.IterableDataset]:
-    splits = {}
+    splits, options = {}, replace(options, known=known_scale([PurePosixPath(source).name]))
     for name, rows in datasets.load_dataset(source, streaming=streaming).items():
         column = options.columns.get("image", "image")
         if column not in rows.column_names:
@@ -461,7 +448,7 @@ def hub_row(row: dict[str, Any], split: str, options: Options) -> dict[str, Any]
     if (image_id := row.get("image_id")) is None:  # NOTE: names inside of Parquet files often start again in each
         image_id = hashlib.sha256(content).hexdigest()[:16] if content else PurePosixPath(path or "(none)").stem
     # the split is the one it was found in: it cannot move to another
-    return to_schema({**row, "split": None}, image, str(image_id), split, options)
+    return to_schema({**row, "split": None}, image, str(image_id), (split, "the data set"), options)
 
 
 # All -----------------------------------------------------------------------------------------------------------------
@@ -485,38 +472,35 @@ def load(
         source: A file or folder in one of the forms above, or a Hub id.
         images: Folder of the pictures, searched to the bottom; by default the source's own.
         columns: Names in the source of columns that it calls otherwise, e.g. `{"caption": "text"}`.
-        score_range: Worst and best of single scores, by default 1 and 10 (RPCD: 0 and 1).
-        decode_images: Also decodes every picture, so that those which are cut short are left out. Slow; otherwise
-            only what does not begin as a picture is.
+        score_range: Worst and best of single scores, by default what the form or the name of a known data set tells,
+            else 1 and 10.
+        decode_images: Decodes every picture, to leave out all that are damaged. Slow; otherwise only those that do not
+            begin as a picture, have broken EXIF, or are cut short are found.
         streaming: Pictures of a Hub data set are fetched when they are asked for, and rows never kept.
         check: Look only at so many rows of each split for the report and for overlap, e.g. of a Hub data set that is
             too large to read twice.
         verbose: Print the report.
 
     Raises:
-        ValueError: if no row can be used, or photographs of train are in another split as well.
+        ValueError: if the source is of no known form, no row can be used, scores are on a scale that nobody told, or
+            photographs of train are in another split as well.
     """
     if score_range is not None and not score_range[0] < score_range[1]:
         raise ValueError(f"`score_range` is worst and best, got {score_range}.")
     options = Options(columns or {}, score_range, decode_images)
-    path = Path(source)
-    if files := find_files(path):
-        root = path if path.is_dir() else path.parent
-        splits = load_files(files, root, None if images is None else Path(images), options)
-        if streaming:
-            splits = {name: rows.to_iterable_dataset() for name, rows in splits.items()}
-    else:
-        splits = load_hub(str(source), options, streaming)
+    splits, notes = load_source(Path(source), images, options, streaming)
     splits = {name: splits[name] for name in dict.fromkeys((*SPLITS.values(), *splits)) if name in splits}
-    report = Report(str(source), rows_checked=check)
+    report = Report(str(source), rows_checked=check, notes=notes)
     for name, rows in splits.items():
         part = report.splits[name] = SplitReport()
         for row in itertools.islice(rows.remove_columns("image"), check):
             part.add(row)
     if verbose:
         print(report)
+    check_scores(report)
     if not any(part.image_ids for part in report.splits.values()):
-        raise ValueError(f"No row of {source} can be used (do `images` and `columns` fit?):\n{report}")
+        told = "" if verbose else f"\n{report}"
+        raise ValueError(f"No row of {source} can be used (do `images` and `columns` fit?).{told}")
     trained = report.splits["train"].image_ids if "train" in report.splits else set()
     for name, part in report.splits.items():
         if name != "train" and (shared := sorted(trained & part.image_ids)):
@@ -527,9 +511,42 @@ def load(
     kind = datasets.IterableDatasetDict if streaming else datasets.DatasetDict
     kept = {name: rows.filter(is_kept, input_columns="problems") for name, rows in splits.items()}
     splits = {
-        name: rows.remove_columns("problems").cast_column("image", datasets.Image()) for name, rows in kept.items()
+        name: rows.remove_columns(list(NOTES)).cast_column("image", datasets.Image()) for name, rows in kept.items()
     }
     return kind(splits), report
+
+
+def load_source(
+    path: Path, images: str | Path | None, options: Options, streaming: bool
+) -> tuple[dict[str, datasets.Dataset] | dict[str, datasets.IterableDataset], list[str]]:
+    """All rows in `RAW_FEATURES`, and what the report says of the files."""
+    if images is not None and not Path(images).is_dir():
+        raise ValueError(f"{images}, where the pictures should be, is no folder.")
+    if not (files := find_files(path)):
+        if images is not None:
+            raise ValueError(f"{path} has no files that name pictures in a folder: leave `images` out.")
+        if path.is_dir() and not any(path.rglob("*.parquet")) and not any(path.rglob("*.arrow")):
+            raise ValueError(f"{path} has no .jsonl, .csv, .json, .txt or .parquet file with rows.")
+        return load_hub(str(path), options, streaming), []
+    notes: list[str] = []
+    root = path if path.is_dir() else path.parent
+    splits = load_files(files, root, None if images is None else Path(images), options, notes)
+    others = [file.name for file in sorted(root.iterdir()) if is_data(file) and file not in files]
+    if path.is_dir() and others:
+        notes.append(f"Not read, name it to read it: {', '.join(others[:5])}{' ...' if len(others) > 5 else ''}.")
+    if streaming:
+        splits = {name: rows.to_iterable_dataset() for name, rows in splits.items()}
+    return splits, notes
+
+
+def check_scores(report: Report):
+    """Raises if the scores do not look like what they were read as."""
+    unscaled = [score for part in report.splits.values() for score in part.unscaled]
+    if why := misfit(unscaled):
+        raise ValueError(f"{report.source} has {why}")
+    for name, part in report.splits.items():
+        if why := part.scale_misfit():
+            raise ValueError(f"{report.source}, {name}: {why}")
 
 
 def split_off_validation(
@@ -573,14 +590,15 @@ def training_rows(
 
     def split_up(batch: dict[str, list]) -> dict[str, list]:
         result = {name: [] for name in features}
-        prompts = {topic: topic_prompt(processor, topic) for topic in set(batch["topic"])}
+        asked = list(zip(batch["topic"], batch["prompt"]))
+        prompts = {one: topic_prompt(processor, *one) for one in set(asked)}
         for i, captions in enumerate(batch["captions"]):
             weights = batch["caption_weights"][i] or [1.0] * len(captions)
             for caption, weight in zip(captions or [""], weights or [0.0], strict=True):
                 for name in names:
                     result[name].append(batch[name][i])
                 result["score"][-1] = batch["score"][i] or score_of_mean(batch["score_mean"][i])
-                result["prompt"].append(prompts[batch["topic"][i]])
+                result["prompt"].append(prompts[asked[i]])
                 result["caption"].append(caption)
                 result["caption_weight"].append(weight)
                 result["length"].append(len(processor.tokenizer(caption)["input_ids"]))
@@ -608,8 +626,9 @@ def topic_question(topic: str | None) -> str:
     return PROMPTS.get(topic, f"Critique the {topic.replace('_', ' ')} of this photograph.")
 
 
-def topic_prompt(processor: ASEProcessor, topic: str | None) -> str:
-    return processor.critique_prompt(topic_question(topic))
+def topic_prompt(processor: ASEProcessor, topic: str | None, prompt: str | None = None) -> str:
+    """What the model is asked, in its chat template with a place for the picture; a row's own `prompt` before its topic."""
+    return processor.critique_prompt(prompt or topic_question(topic))
 
 
 # Run -----------------------------------------------------------------------------------------------------------------
@@ -627,7 +646,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("source", help="file, folder or Hub id")
     parser.add_argument("--images", type=Path, help="folder of the pictures (default: the source's own)")
     parser.add_argument("--columns", nargs="+", default=[], metavar="NAME=GIVEN", help="columns of other names")
-    parser.add_argument("--score-range", nargs=2, type=float, metavar=("WORST", "BEST"), help="default: 1 10")
+    parser.add_argument("--score-range", nargs=2, type=float, metavar=("WORST", "BEST"), help="default: see above")
     parser.add_argument("--decode-images", action="store_true", help="decode every picture, to find those cut short")
     parser.add_argument("--streaming", action="store_true", help="do not hold or store the rows")
     parser.add_argument("--check", type=int, metavar="ROWS", help="look at so many rows of each split only")
@@ -643,7 +662,7 @@ def main(argv: list[str] | None = None) -> int:
             streaming=args.streaming,
             check=args.check,
         )
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         print(f"{args.source}: {error}", file=sys.stderr)
         return 1
     return 0

@@ -101,17 +101,22 @@ def test_pccd(tmp_path):
     rows, report = _load(tmp_path, tmp_path / "images" / "full")
     assert list(rows) == ["train", "validation", "test"]
     assert [row["topic"] for row in rows["train"][:6]] == [name for name in pccd.TOPICS if PCCD[name]]
-    assert [row["topic_score"] for row in rows["train"][:6]] == [7, 8, 6, 7, 7, 7]
+    seven = 1 + 9 * 0.7  # of 10, on the scale 1 to 10
+    assert [row["topic_score"] for row in rows["train"][:6]] == pytest.approx([seven, 8.2, 6.4, seven, seven, seven])
+    told = {one["topic"]: one["score"] for one in rows["train"][0]["topic_scores"]}
+    assert list(told) == [topic for topic in pccd.TOPICS if topic != "depth_of_field"] and told["composition"] == 6.4
     assert rows["train"][2]["captions"] == ["The straw is distracting."]
     scores = {row["image_id"]: row["score_mean"] for row in rows["train"]}
-    assert scores == {"12_cutters-point": 7, "3_mr.smith": pytest.approx(8.6)}
+    assert scores == {"12_cutters-point": pytest.approx(seven), "3_mr.smith": pytest.approx(8.74)}
     assert all(row["score"] is None for row in rows["train"])
     assert {row["score_mean"] for row in rows["validation"]} == {None} and rows["test"] == []
     train, validation, test = report.splits.values()
-    assert train.problems == {"unparsable topic score": 2, "empty text": 2, "nothing to learn from": 2}
-    assert (train.rows, train.left_out, len(train.words), train.scores) == (14, 2, 12, [7, pytest.approx(8.6)])
-    assert validation.problems["unparsable score"] == 1 and test.problems["missing image"] == 1
-    assert test.examples["missing image"] == ["5_not-here"]
+    assert not train.problems and not validation.problems  # what a reviewer did not write is absent, not wrong
+    assert (train.rows, train.left_out, len(train.words)) == (12, 0, 12)
+    assert train.scores == pytest.approx([seven, 8.74])
+    assert (
+        test.examples == {"missing image": ["5_not-here (guru_test.json:1)"]} and test.problems["missing image"] == 1
+    )
 
 
 def test_ava_captions(tmp_path):
@@ -196,12 +201,12 @@ def test_score_lists(tmp_path):
         {"image": "3.jpg", "gt_score": 5.21},
         "no row",
     ]
-    file = _write(tmp_path / "flickr_test.json", entries)
+    file = _write(tmp_path / "pictures_test.json", entries)
     rows, report = _load(file, tmp_path / "images", score_range=(0, 1))
     assert [(row["image_id"], row["score_mean"]) for row in rows["test"]] == [("953980", 5.5)]
     problems = {"unparsable score": 1, "score out of range": 1, "nothing to learn from": 2, "unreadable row": 1}
     assert report.splits["test"].problems == problems
-    rows, _ = _load(file, tmp_path / "images")
+    rows, _ = _load(file, tmp_path / "images", score_range=(1, 10))
     assert [row["score_mean"] for row in rows["test"]] == [pytest.approx(5.21)]
     with pytest.raises(ValueError, match="worst and best"):
         aic_data.load(file, tmp_path / "images", score_range=(1, 0))
@@ -233,7 +238,7 @@ def test_a_folder_with_everything_that_can_be_wrong(tmp_path):
     )
     _write(tmp_path / "train" / "metadata.jsonl", "\ufeff" + lines)
     (tmp_path / "test" / "metadata.jsonl").write_bytes('{"file_name": "z.jpg", "caption": "Café"}'.encode("latin-1"))
-    rows, report = _load(tmp_path, decode_images=True)
+    rows, report = _load(tmp_path, decode_images=True, score_range=(1, 10))
     one, two, three, four = rows["train"]
     assert (one["image_id"], one["captions"], one["topic"]) == ("a", ["Nice light."], "light")
     assert (one["score_mean"], one["score"]) == (6.5, None)
@@ -245,7 +250,7 @@ def test_a_folder_with_everything_that_can_be_wrong(tmp_path):
         "empty text": 1,
         "unreadable text": 1,
         "repeated text": 1,
-        "unparsable score": 1,
+        "unparsable score": 2,
         "unreadable aspect_labels": 1,
         "unreadable caption_weight": 1,
         "overlong text": 1,
@@ -256,7 +261,11 @@ def test_a_folder_with_everything_that_can_be_wrong(tmp_path):
         "nothing to learn from": 1,
         "unreadable row": 2,
     }
-    assert report.splits["train"].examples["missing image"] == ["nowhere", "z", "metadata.jsonl:10"]
+    assert report.splits["train"].examples["missing image"] == [
+        "nowhere (train/metadata.jsonl:6)",
+        "z (train/metadata.jsonl:7)",
+        "train/metadata.jsonl:10",
+    ]
     assert report.splits["test"].problems == {"broken characters": 1}
     figures = report.splits["train"].figures()
     assert (figures["rows"], figures["rows left out"], figures["photographs"], figures["captions"]) == (12, 8, 3, 4)
@@ -264,8 +273,8 @@ def test_a_folder_with_everything_that_can_be_wrong(tmp_path):
     assert (figures["photographs with a score"], figures["range of scores"]) == (2, "6.50-6.50")
     lines = dict(line.rsplit(maxsplit=2)[:2] for line in str(report).splitlines() if " left out) " in line)
     assert lines["damaged image (row left out)"] == "2" and lines["empty text (value left out)"] == "1"
-    report = aic_data.load(tmp_path)[1]
-    assert report.splits["train"].problems["damaged image"] == 1  # the other begins as a picture
+    report = aic_data.load(tmp_path, score_range=(1, 10))[1]
+    assert report.splits["train"].problems["damaged image"] == 2  # undecoded too: its end is missing
 
 
 def test_csv_with_columns_of_other_names(tmp_path):
@@ -292,7 +301,9 @@ def test_csv_with_columns_of_other_names(tmp_path):
         "repeated row": 1,
         "unparsable score": 1,
     }
-    with pytest.raises(ValueError, match="No row of"):
+    with pytest.raises(
+        ValueError, match=r"(?s)metadata\.csv is of no known form.*found caption_weight, photo, score, text"
+    ):
         aic_data.load(tmp_path)
 
 
@@ -302,8 +313,8 @@ def test_pictures_in_folders_of_the_splits_below_one_metadata_file(tmp_path):
     _write(tmp_path / "metadata.jsonl", _lines(*({"file_name": name, "aspect_labels": [1]} for name in names)))
     rows, report = _load(tmp_path)
     assert {name: [row["image_id"] for row in part] for name, part in rows.items()} == {
-        "train": ["a"],
-        "validation": ["more/test-shot"],
+        "train": ["train/a"],
+        "validation": ["val/more/test-shot"],
     }
     assert not any(part.problems for part in report.splits.values())  # labels alone are something to learn from
 
@@ -313,7 +324,7 @@ def test_an_ambiguous_name_is_no_picture(tmp_path):
     file = _write(tmp_path / "list.json", [{"image": name, "gt_score": 5} for name in ("1.jpg", "one/1.jpg", "2.jpg")])
     rows, report = _load(file, tmp_path / "images")
     assert [row["image_id"] for row in rows["train"]] == ["one/1", "2"]
-    assert report.splits["train"].examples["missing image"] == ["1"]
+    assert report.splits["train"].examples["missing image"] == ["1 (list.json:1)"]
 
 
 def _hub_like(folder: Path, **splits: list[dict]) -> Path:

@@ -1,52 +1,104 @@
 """
 How the field's data sets lie on disk: a file a form.
 
-A reader has `FILES`, patterns of what its folder holds, and `read`, which gives rows by the names of the schema in
-`aic_data.py`: `image`, `captions`, `topic`, `score`, ... and None for what cannot be read as a row. One of JSON files
-says by `accepts` whether a file's content is of its form. A new data set is a file here and its name in `FORMS`.
+A form has a `NAME` and
+    why_not(content)     why the content of a file (see `files.parse`) is not of it, in words; None if it is
+    read(content, file)  numbered rows by the names of the schema in `aic_data.py`: `image`, `captions`, `topic`,
+                         `score`, ... and None for what cannot be read as a row
+and, if its files have names by which a folder is known, `FILES`: patterns, of which the first that finds any is taken.
+A new data set is a file here and its name in `FORMS`.
 """
 
-import csv
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from . import ava, ava_captions, dpc_captions, own, pccd, rpcd
+from . import (
+    apddv2,
+    ava,
+    ava_captions,
+    ava_comments,
+    coco,
+    conversations,
+    dpc2022,
+    dpc_captions,
+    own,
+    pccd,
+    rpcd,
+    rpcd_raw,
+)
+from .files import parse
 
 
-# the first whose files a folder has is read, and the first that accepts a JSON file's content
-FORMS = (own, pccd, rpcd, dpc_captions, ava)
-JSON_FORMS = (ava_captions, dpc_captions, pccd, rpcd, own)
+# in this order the first that does not refuse a file reads it; `own` takes any rows that name a picture
+FORMS = (
+    conversations,
+    coco,
+    ava_captions,
+    dpc2022,
+    pccd,
+    rpcd,
+    rpcd_raw,
+    ava,
+    ava_comments,
+    apddv2,
+    dpc_captions,
+    own,
+)
+# in this order the first whose files a folder has is read
+BY_NAME = (own, pccd, rpcd, rpcd_raw, dpc_captions, dpc2022, ava, ava_comments)
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
+NOT_DATA = ("dataset_infos.json", "dataset_info.json", "state.json", "package.json")
+
+
+class RefusedFile(ValueError):
+    """A file that is of none of the forms."""
 
 
 def find_files(source: Path) -> list[Path]:
-    """The files to read of a local source; empty where the `datasets` library has to tell."""
+    """
+    The files to read of a local source; of a folder whose files have no known names, all that may hold rows, those
+    directly in it before others. Empty where the `datasets` library has to tell.
+    """
     if source.is_file():
         return [source]
-    for form in FORMS:
+    if source.exists() and not source.is_dir():
+        raise ValueError(f"{source} is neither a file nor a folder.")
+    for form in BY_NAME:
         for patterns in form.FILES:
             if found := sorted(file for pattern in patterns for file in source.glob(pattern)):
                 return found
+    if any(source.rglob("*.parquet")) or any(source.rglob("*.arrow")):
+        return []
+    for pattern in ("*", "**/*"):
+        if found := sorted(file for file in source.glob(pattern) if is_data(file)):
+            return found
     return []
 
 
-def read_rows(file: Path) -> Iterator[dict[str, Any] | None]:
-    """The rows of a file in any of the forms."""
-    # NOTE: not by the builders of `datasets`: one score that is no number, or one broken line, would stop them
-    suffix = file.suffix.lower()
-    if suffix == ".jsonl":
-        yield from own.read_lines(file)
-    elif suffix == ".csv":
-        with open(file, encoding="utf-8-sig", errors="replace", newline="") as lines:
-            yield from csv.DictReader(lines)
-    elif suffix == ".txt":
-        yield from ava.read(file)
-    elif suffix == ".json":
-        content = json.loads(file.read_text(encoding="utf-8-sig", errors="replace"))
-        form = next((form for form in JSON_FORMS if form.accepts(content)), None)
-        if form is None:
-            raise ValueError(f"{file} holds neither a list nor an object.")
-        yield from form.read(content, file)
-    else:
-        raise ValueError(f"{file} is none of .jsonl, .csv, .json and AVA's .txt.")
+def is_data(file: Path) -> bool:
+    """Whether a file's name says that it may hold rows."""
+    return file.suffix.lower() in SUFFIXES and file.name not in NOT_DATA
+
+
+def read_rows(file: Path, columns: dict[str, str]) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """
+    The rows of a file in any of the forms, numbered by its lines, or by their places in a list.
+
+    Raises:
+        RefusedFile: naming each form and why the file is not of it.
+        ValueError: if the file cannot be read at all.
+    """
+    content = parse(file)
+    if columns and isinstance(content, list):
+        content = [(number, _rename(row, columns)) for number, row in content]
+    reasons = []
+    for form in FORMS:
+        if (reason := form.why_not(content)) is None:
+            return form.read(content, file)
+        reasons.append(f"{form.NAME}: {reason}")
+    raise RefusedFile(f"{file} is of no known form. Tried:\n  " + "\n  ".join(reasons))
+
+
+def _rename(row: Any, columns: dict[str, str]) -> Any:
+    return {**row, **{name: row.get(given) for name, given in columns.items()}} if isinstance(row, dict) else row

@@ -5,15 +5,22 @@ from pathlib import Path
 from typing import Any
 
 
-def accepts(content: Any) -> bool:
-    return isinstance(content, dict) and "images" in content
+NAME = "Karpathy's images with sentences"
 
 
-def read(content: dict[str, Any], file: Path) -> Iterator[dict[str, Any] | None]:
-    for entry in content["images"]:
+def why_not(content: Any) -> str | None:
+    if isinstance(content, dict) and isinstance(content.get("images"), list):
+        return None
+    return "not an object with a list of images"
+
+
+def read(content: dict[str, Any], file: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    for number, entry in enumerate(content["images"], 1):
         if isinstance(entry, dict):
             sentences = entry.get("sentences") or []
+            sentences = sentences if isinstance(sentences, list) else [sentences]
             captions = [one.get("raw") if isinstance(one, dict) else one for one in sentences]
-            yield {"image": entry.get("filename"), "captions": captions, "split": entry.get("split")}
+            name = entry.get("filename") or entry.get("file_name")
+            yield number, {"image": name, "captions": captions, "split": entry.get("split")}
         else:
-            yield None
+            yield number, None

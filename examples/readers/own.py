@@ -1,29 +1,32 @@
 """Rows that name their columns as the schema does: metadata.jsonl or .csv, as imagefolder has it, and lists of such."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .files import names_in
 
+
+NAME = "rows of your own"
 FILES = (("**/metadata.jsonl",), ("**/metadata.csv",))
+PICTURE = ("image", "file_name", "filename", "path", "image_path", "image_name", "image_id")
 
 
-def accepts(content: Any) -> bool:
-    return isinstance(content, list)
+def why_not(content: Any) -> str | None:
+    if not isinstance(content, list):
+        return "not a list of rows"
+    if not any(isinstance(row, dict) for _, row in content):
+        return "no row is an object"
+    if not names_in(content) & set(PICTURE):
+        found = ", ".join(sorted(map(str, names_in(content)))) or "nothing"
+        return f"no row names its picture (image, file_name, ...; found {found}): name the column, --columns image=..."
+    return None
 
 
-def read(content: list[Any], file: Path) -> Iterator[dict[str, Any] | None]:
-    for entry in content:
-        yield entry if isinstance(entry, dict) else None
-
-
-def read_lines(file: Path) -> Iterator[dict[str, Any] | None]:
-    with open(file, encoding="utf-8-sig", errors="replace") as lines:
-        for line in lines:
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError:
-                    row = None
-                yield row if isinstance(row, dict) else None
+def read(content: list[tuple[int, Any]], file: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    for number, entry in content:
+        if isinstance(entry, dict):
+            name = next((entry[one] for one in PICTURE if entry.get(one) not in (None, "")), None)
+            yield number, {**entry, "image": name}
+        else:
+            yield number, None

@@ -1,11 +1,20 @@
-"""PCCD: `guru_*.json`, a list of photographs; each gives a row for every topic."""
+"""
+PCCD: `guru_*.json` or its own `raw.json`, a list of photographs; each gives a row for every topic.
+
+Scores are from 0 to 10. What its reviewers did not write (a score "N", an empty text) is absent. The files of Aestheval
+(`processed_*.json`, `processed_info_*.json`) name the picture `im_name` and have no overall score: their `mean_score` is
+what a model read from the texts, not a rating.
+"""
 
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .files import names_in
 
+
+NAME = "PCCD"
 TOPICS = (  # in the order of `score`
     "general_impression",
     "subject_of_photo",
@@ -15,25 +24,37 @@ TOPICS = (  # in the order of `score`
     "color_lighting",
     "focus",
 )
-FILES = (("guru_*.json",),)
+FILES = (("guru_*.json",), ("raw.json",))
+ABSENT = (None, "", "n", "n/a", "na", "-", "none")
+SCALE = (0, 10)
 
 
-def accepts(content: Any) -> bool:
-    return isinstance(content, list) and any(
-        "general_impression" in entry for entry in content if isinstance(entry, dict)
-    )
+def why_not(content: Any) -> str | None:
+    if isinstance(content, list) and len(names_in(content) & set(TOPICS)) > 1:
+        return None
+    return f"no row has {TOPICS[0]}, {TOPICS[1]}, ..."
 
 
-def read(content: list[Any], file: Path) -> Iterator[dict[str, Any] | None]:
-    for entry in content:
+def read(content: list[tuple[int, Any]], file: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    for number, entry in content:
         if not isinstance(entry, dict):
-            yield None
+            yield number, None
             continue
-        for topic, score in itertools.zip_longest(TOPICS, (entry.get("score") or [])[: len(TOPICS)]):
-            yield {
-                "image": entry.get("title"),
-                "captions": entry.get(topic),
-                "topic": topic,
-                "topic_score": score,
-                "score": entry.get("overall"),
-            }
+        scores = entry.get("score") if isinstance(entry.get("score"), list) else []
+        scores = dict(itertools.zip_longest(TOPICS, map(present, scores[: len(TOPICS)])))
+        shared = {
+            "image": entry.get("title") or entry.get("im_name"),
+            "score": present(entry.get("overall")),
+            "score_range": SCALE,
+            "topic_scores": {topic: score for topic, score in scores.items() if score is not None},
+            "topic_range": SCALE,
+        }
+        written = [topic for topic in TOPICS if present(entry.get(topic)) is not None]
+        for topic in written:
+            yield number, {**shared, "captions": entry[topic], "topic": topic, "topic_score": scores[topic]}
+        if not written:
+            yield number, shared
+
+
+def present(value: Any) -> Any:
+    return None if value is None or (isinstance(value, str) and value.strip().lower() in ABSENT) else value
