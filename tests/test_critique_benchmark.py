@@ -184,6 +184,8 @@ def test_a_head_names_one_fault_an_aspect_and_always_a_placement():
 
 def test_it_runs_small_and_does_not_run_twice(args, tmp_path, monkeypatch, critique_sources, capsys):
     monkeypatch.setattr(benchmark, "load_sources", lambda split, directory: critique_sources[split])
+    write = benchmark.write_captions
+    monkeypatch.setattr(benchmark, "write_captions", lambda *args, **_: write(*args, max_new_tokens=4))
     log = tmp_path / "log.md"
     log.write_text("before\n<!-- benchmark: begin -->\nold\n<!-- benchmark: end -->\nafter\n")
     arguments = (

@@ -32,12 +32,13 @@ Finished runs are kept in `--work` and not run again. Needs the extra `evaluatio
 """
 
 import argparse
+import copy
 import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -282,14 +283,19 @@ def base_checksum() -> str:
     return hashlib.sha256((BUNDLE / "model.safetensors").read_bytes()).hexdigest()
 
 
+@cache
+def load_bundle() -> ASEForConditionalGeneration:
+    return ASEForConditionalGeneration.from_pretrained(BUNDLE, dtype=torch.float32).eval()
+
+
 def load_base(encoder: Path, layer: int) -> InternVLForConditionalGeneration:
     """The base that reads this layer of the encoder (counted from 1): InternVL with the bundled model's language model."""
     depth = AutoConfig.from_pretrained(encoder).num_hidden_layers
     tower = AutoModel.from_pretrained(encoder, num_hidden_layers=layer)
-    bundle = ASEForConditionalGeneration.from_pretrained(BUNDLE, dtype=torch.float32)
+    bundle = load_bundle()
     config = InternVLConfig(
         vision_config=tower.config,
-        text_config=bundle.config.text_config,
+        text_config=copy.deepcopy(bundle.config.text_config),
         image_token_id=bundle.config.image_token_id,
         image_seq_length=(IMAGE_SIZE // 14 // MERGED) ** 2,
         downsample_ratio=1 / MERGED,
@@ -300,14 +306,14 @@ def load_base(encoder: Path, layer: int) -> InternVLForConditionalGeneration:
     base.model.vision_tower.load_state_dict(tower.state_dict())
     base.model.language_model.load_state_dict(bundle.model.mllm.model.language_model.state_dict())
     base.tie_weights()
-    base.generation_config = bundle.generation_config
+    base.generation_config = copy.deepcopy(bundle.generation_config)
     return base
 
 
 @torch.inference_mode()
 def match_scale(base: InternVLForConditionalGeneration, processor: ASEProcessor, images: list[Image.Image]):
     """A fresh projector gives features as large as those that the language model knows, or it does not learn to read."""
-    bundle, original = ASEForConditionalGeneration.from_pretrained(BUNDLE), ASEProcessor.from_pretrained(BUNDLE)
+    bundle, original = load_bundle(), ASEProcessor.from_pretrained(BUNDLE)
     known = bundle.get_image_features(original.image_processor(images, return_tensors="pt")["pixel_values"])
     pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
     fresh = base.model.get_image_features(pixel_values=pixels, return_dict=True)
