@@ -19,6 +19,9 @@ Written to DIR (default `captions/`), of all photographs of all runs into it:
     failed.jsonl    one line a file that could not be captioned, with the reason
     library.sqlite  all of this, and what earlier runs said; any SQLite program reads it
 
+With `--xmp` (it needs exiftool) stars, words and tags also go into XMP sidecars beside the photographs, where Lightroom,
+darktable, digiKam and Immich look for them. What is in a sidecar stays there.
+
 Exit status: 0 all captioned, 1 some files failed (named on stderr and on the page) or the run was ended before its end,
 2 nothing could be started.
 """
@@ -28,6 +31,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import sqlite3
 import sys
@@ -60,11 +64,12 @@ from photo_files import (
     find_photos,
     read_photo,
 )
-from photo_library import Library, LibraryError, written_beside
+from photo_library import Library, LibraryError, as_key, written_beside
 from PIL import Image
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
+from xmp_sidecars import FORMS, write_sidecars
 
 from ase_mllm.processing_ase import AESTHETIC_PROMPTS
 
@@ -292,6 +297,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="only the first so many photographs")
     parser.add_argument("--max-megapixels", type=float, help="refuse larger photographs (default: Pillow's limit, 89)")
     parser.add_argument("--threads", type=int, help="cores to work on (default: one for small models, else all)")
+    parser.add_argument(
+        "--xmp",
+        nargs="?",
+        const=FORMS[0],
+        choices=FORMS,
+        help="write XMP sidecars; how new ones are called (default: %(const)s), those that are there are updated",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="with --xmp: also change ratings and descriptions that are there"
+    )
     parser.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with the checkpoint")
     args = parser.parse_args(argv)
     # not every shell expands `~` within an argument of make
@@ -301,8 +316,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"there is no file or folder {path}")
     for name in ("batch_size", "max_new_tokens", "limit", "max_megapixels", "threads"):
         value = getattr(args, name)
-        if value is not None and not value > 0:
-            parser.error(f"--{name.replace('_', '-')} is {value:g}, it must be above 0")
+        if value is not None and not 0 < value < float("inf"):
+            parser.error(f"--{name.replace('_', '-')} is {value:g}, it must be a number above 0")
+    if args.xmp and shutil.which("exiftool") is None:
+        parser.error("--xmp needs exiftool (apt install libimage-exiftool-perl, brew install exiftool, exiftool.org)")
+    if args.overwrite and not args.xmp:
+        parser.error("--overwrite goes with --xmp")
     return args
 
 
@@ -329,17 +348,27 @@ def run(library: Library, found: Found, files: list[Path], args: argparse.Namesp
     outcome = caption_all(library, found, files, args, title)
     try:
         page = publish(library, title, found.left_out)
+        shown = sum(1 for _ in library.results())
+        print(f"{outcome.captioned} captioned, {outcome.failed} failed, {shown} on the page: {page}")
     except (OSError, sqlite3.Error) as error:
-        print(
-            f"Stopped: {outcome.stopped or error}. What was written is whole: the same command goes on.",
-            file=sys.stderr,
-        )
-        return 1
-    shown = sum(1 for _ in library.results())
-    print(f"{outcome.captioned} captioned, {outcome.failed} failed, {shown} on the page: {page}")
+        outcome.stopped = outcome.stopped or str(error)
     if outcome.stopped:
         print(f"Stopped: {outcome.stopped}. What was written is whole: the same command goes on.", file=sys.stderr)
+    elif args.xmp:
+        outcome.failed += write_xmp(library, files, args)
     return 1 if outcome.stopped or outcome.failed else 0
+
+
+def write_xmp(library: Library, files: list[Path], args: argparse.Namespace) -> int:
+    """Writes the sidecars of this command's photographs; returns how many could not be written."""
+    asked = {as_key(file) for file in files}
+    results = (row for row in library.results() if as_key(row["path"]) in asked)
+    sidecars = write_sidecars(results, args.xmp, args.overwrite)
+    for problem in sidecars.problems:
+        print(f"{problem.path}: {problem.reason}", file=sys.stderr)
+    failed = len(sidecars.problems)
+    print(f"Sidecars: {sidecars.written} written, {sidecars.unchanged} said it already, {failed} failed")
+    return failed
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -67,8 +67,8 @@ KINDS = {
 }
 # Folders of thumbnails and of what was deleted, by the names that storage boxes and programs give them
 NOT_ALBUMS = {"@eadir", "#recycle", "@recycle", "#snapshot", "$recycle.bin", "system volume information", "lost+found"}
-# What this program writes into its output folder, besides the library
-RESULT_FOLDERS, RESULT_MARKS = ("overlays", "gallery"), ("library.sqlite", "captions.jsonl")
+# Folders of pictures that this program makes, and what lies beside them, now or by its earlier versions
+RESULT_FOLDERS = {"overlays": ("library.sqlite", "captions.jsonl"), "gallery": ("library.sqlite",)}
 
 
 @dataclass
@@ -174,8 +174,9 @@ def file_left_out(name: str) -> str | None:
 
 def is_result(file: Path) -> bool:
     """Whether this program made the file, now or in an earlier run: an overlay or a thumbnail."""
-    own = [folder.parent for folder in file.parents if folder.name in RESULT_FOLDERS]
-    return any((folder / mark).is_file() for folder in own for mark in RESULT_MARKS)
+    return any(
+        (folder.parent / mark).is_file() for folder in file.parents for mark in RESULT_FOLDERS.get(folder.name, ())
+    )
 
 
 # Reading -------------------------------------------------------------------------------------------------------------

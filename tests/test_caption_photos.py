@@ -203,7 +203,9 @@ def test_nothing_can_be_started(captioned, tmp_path):
     assert status == 2 and "cut cannot be loaded" in stderr
 
 
-@pytest.mark.parametrize("arguments", [["missing.jpg"], [".", "--batch-size", "0"], [".", "--max-megapixels", "nan"]])
+@pytest.mark.parametrize(
+    "arguments", [["missing.jpg"], [".", "--batch-size", "0"], [".", "--max-megapixels", "inf"], [".", "--overwrite"]]
+)
 def test_wrong_arguments(arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
@@ -423,3 +425,23 @@ def test_small_models_work_on_one_core(again, critic):
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(shutil.which("exiftool") is None, reason="needs exiftool")
+def test_sidecars_are_written_when_asked_for(again, critic, album):
+    again()
+    assert not list(album.glob("*.xmp"))
+    assert again("--limit", 2, "--xmp")[0] == 0 and critic.loads == 1
+    assert sorted(file.name for file in album.glob("*.xmp")) == ["0.png.xmp", "1.png.xmp"]
+    (album / "0.png.xmp").write_text("cut")
+    status, stderr = again("--limit", 3, "--xmp", "photo.xmp")
+    assert status == 1 and "0.png: no sidecar: 0.png.xmp is cut short" in stderr
+    assert (album / "0.png.xmp").read_text() == "cut" and (album / "2.xmp").exists()
+    assert not (album / "1.xmp").exists()
+
+
+def test_sidecars_need_exiftool(again, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(SystemExit) as stopped:
+        again("--xmp")
+    assert stopped.value.code == 2
