@@ -58,11 +58,11 @@ from typing import Any
 import datasets
 import numpy as np
 from common import words
-from data_report import PROBLEMS, Report, SplitReport, is_kept
+from data_report import Report, SplitReport, is_kept
 from datasets.exceptions import DatasetsError
 from picture_files import PictureIndex, find_picture, index_pictures, is_damaged, normal_path, photograph_id
 from picture_files import without_suffix as without_suffix
-from readers import RefusedFile, find_files, is_data, read_rows
+from readers import RefusedFile, find_files, other_files, read_rows
 from readers.conversations import PLACEHOLDER
 from scales import DEFAULT, Scale, known_scale, misfit, say_scale
 
@@ -147,8 +147,9 @@ def to_schema(
     captions, weights = read_texts(row, problems)
     shares, mean, unscaled, scale = read_score(row, options, problems)
     topic = read_name(row.get("topic") or row.get("aspect"))
-    if row.get("problem") in PROBLEMS:
-        problems.append(row["problem"])
+    topic_range = row["topic_range"] if is_scale(row.get("topic_range")) else None
+    if row.get("several_images") is True:
+        problems.append("several images")
     elif image is None:
         problems.append("missing image")
     elif is_damaged(image, options.decode_images):
@@ -166,8 +167,8 @@ def to_schema(
         "caption_weights": weights,
         "prompt": PLACEHOLDER.sub("", read_name(row.get("prompt")) or "").strip() or None,
         "topic": topic,
-        "topic_score": on_scale(row.get("topic_score"), row.get("topic_range"), problems, "topic score"),
-        "topic_scores": read_topic_scores(row, problems),
+        "topic_score": on_scale(row.get("topic_score"), topic_range, problems, "topic score"),
+        "topic_scores": read_topic_scores(row, topic_range, problems),
         "score": shares,
         "score_mean": mean,
         "aspect_labels": labels,
@@ -255,9 +256,8 @@ def read_score(
     if options.known is not None:
         name, told = options.known
         return None, on_scale(number, told, problems), None, f"{say_scale(told)} by the name {name}"
-    unscaled = (
-        number if number >= 0 else None
-    )  # a negative score is no rating on any usual scale, but one row's mistake
+    # a negative score is one row's mistake, it says nothing about the scale of the others
+    unscaled = number if number >= 0 else None
     return None, on_scale(number, DEFAULT, problems), unscaled, f"{say_scale(DEFAULT)}, which nothing says"
 
 
@@ -298,13 +298,15 @@ def on_scale(value: Any, scale: Scale | None, problems: list[str], what: str = "
     return None
 
 
-def read_topic_scores(row: dict[str, Any], problems: list[str]) -> list[dict[str, Any]] | None:
+def read_topic_scores(
+    row: dict[str, Any], topic_range: Scale | None, problems: list[str]
+) -> list[dict[str, Any]] | None:
     """Where the row is about one of the topics, what is wrong with the others is told by their rows."""
     given = row.get("topic_scores")
     if not isinstance(given, dict):
         return None
     wrong = problems if row.get("topic") is None else []
-    scores = {topic: on_scale(score, row.get("topic_range"), wrong, "topic score") for topic, score in given.items()}
+    scores = {topic: on_scale(score, topic_range, wrong, "topic score") for topic, score in given.items()}
     return [{"topic": whole(topic), "score": score} for topic, score in scores.items() if score is not None] or None
 
 
@@ -531,8 +533,7 @@ def load_source(
     notes: list[str] = []
     root = path if path.is_dir() else path.parent
     splits = load_files(files, root, None if images is None else Path(images), options, notes)
-    others = [file.name for file in sorted(root.iterdir()) if is_data(file) and file not in files]
-    if path.is_dir() and others:
+    if path.is_dir() and (others := other_files(path, files)):
         notes.append(f"Not read, name it to read it: {', '.join(others[:5])}{' ...' if len(others) > 5 else ''}.")
     if streaming:
         splits = {name: rows.to_iterable_dataset() for name, rows in splits.items()}

@@ -27,7 +27,7 @@ from . import (
     rpcd,
     rpcd_raw,
 )
-from .files import parse
+from .files import SPLIT_LISTS, parse
 
 
 # in this order the first that does not refuse a file reads it; `own` takes any rows that name a picture
@@ -74,6 +74,16 @@ def find_files(source: Path) -> list[Path]:
         if found := sorted(file for file in source.glob(pattern) if is_data(file)):
             return found
     return []
+
+
+def other_files(source: Path, files: list[Path]) -> list[str]:
+    """Names of files directly in a folder that may hold rows as well, and are not among those to read."""
+    named = (pattern for form in BY_NAME for patterns in form.FILES for pattern in patterns if "**" not in pattern)
+    found = {*filter(is_data, source.iterdir()), *(file for pattern in named for file in source.glob(pattern))}
+    with_lists = (*dpc2022.FILES, *rpcd_raw.FILES)  # their splits are lists beside them
+    if any(file.match(pattern) for file in files[:1] for patterns in with_lists for pattern in patterns):
+        found = {file for file in found if file.name not in SPLIT_LISTS}
+    return sorted(file.name for file in found - set(files))
 
 
 def is_data(file: Path) -> bool:

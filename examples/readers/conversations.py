@@ -46,7 +46,7 @@ def read(content: list[tuple[int, Any]], file: Path) -> Iterator[tuple[int, dict
         pictures = pictures_of(entry)
         known = {name: value for name, value in entry.items() if name not in ("conversations", "messages", "images")}
         known |= {"image": pictures[0] if len(pictures) == 1 else None}
-        known |= {"problem": "several images"} if len(pictures) > 1 else {}
+        known |= {"several_images": len(pictures) > 1}
         said: list[str] = []
         for role, text in turns:
             if role == "answer":

@@ -14,6 +14,11 @@ Rows = list[tuple[int, Any]]
 
 # as long as a critique may be, and no longer than memory
 LONGEST_CELL = 1 << 24
+SPLIT_LISTS = {
+    f"{name}{end}": split
+    for name, split in (("train", "train"), ("validation", "validation"), ("val", "validation"), ("test", "test"))
+    for end in ("_ids.csv", ".csv")
+}
 BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -122,13 +127,10 @@ def names_in(content: Rows | dict[str, Any]) -> set[str]:
 def listed_splits(folder: Path, column: str) -> dict[str, str]:
     """Splits by id, of lists beside the data: `train_ids.csv`, or `train.csv` with such a column; without, all lines."""
     splits = {}
-    for split in ("train", "validation", "val", "test"):
-        for file in (folder / f"{split}_ids.csv", folder / f"{split}.csv"):
-            if file.is_file():
-                lines = list(csv.reader(io.StringIO(read_text(file), newline="")))
-                has_head = column in lines[0]
-                position = lines[0].index(column) if has_head else 0
-                for line in lines[has_head:]:
-                    if len(line) > position:
-                        splits[line[position].strip()] = split
+    for name, split in SPLIT_LISTS.items():
+        if (folder / name).is_file():
+            lines = list(csv.reader(io.StringIO(read_text(folder / name), newline="")))
+            has_head = column in lines[0]
+            position = lines[0].index(column) if has_head else 0
+            splits |= {line[position].strip(): split for line in lines[has_head:] if len(line) > position}
     return splits
