@@ -48,22 +48,13 @@ from typing import Any
 
 
 # NOTE: before torch is imported. Threads that wait must sleep: spinning, they take the cores from each other wherever
-# anything else runs, and a photograph takes ten times as long
+# anything else runs, and a photograph takes many times as long
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from common import critique
 from gallery import export
-from photo_files import (
-    READER,
-    SUFFIXES,
-    Failure,
-    Found,
-    Judged,
-    Photo,
-    find_photos,
-    read_photo,
-)
+from photo_files import READER, SUFFIXES, Failure, Found, Judged, Photo, find_photos, read_photo
 from photo_library import Library, LibraryError, as_key, written_beside
 from PIL import Image
 from tqdm import tqdm
@@ -76,10 +67,10 @@ from ase_mllm.processing_ase import AESTHETIC_PROMPTS
 
 HERE = Path(__file__).parent
 OVERLAY_SIDE, THUMB_SIDE = 1280, 480  # longest sides: in overlays/, on the page
-SMALL_MODEL = 100e6  # parameters, below which one thread is as fast as two, and faster where others work too
+SMALL_MODEL = 100e6  # parameters; below, more threads than one gain little, and lose much where others work too
 EXPORT_EVERY = 300  # seconds from page to page while a run is at work
 # Files of a checkpoint that its answers depend on
-WEIGHTS = ["*.safetensors", "pytorch_model*.bin", "*config.json", "*.model", "*.jinja", "*.py"]
+WEIGHTS = ["*.safetensors", "pytorch_model*.bin", "*config.json", "*.model", "*.jinja"]
 WEIGHTS += ["tokenizer*", "chat_template*", "vocab*", "merges.txt", "*_map.json"]
 
 
