@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import datasets
-from PIL import Image
+from PIL import ExifTags, Image
 
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif")
@@ -122,7 +122,9 @@ def is_damaged(image: dict[str, Any], decode: bool) -> bool:
             return True  # NOTE: opening a named pipe would wait for ever
         if not decode:
             with open(path, "rb") if content is None else BytesIO(content) as file, Image.open(file) as opened:
-                opened.getexif()  # broken EXIF stops what decodes the picture
+                exif = opened.getexif()
+                if exif.get(ExifTags.Base.Orientation, 1) != 1:
+                    exif.tobytes()  # what turns the picture writes its EXIF anew, and stops where that is broken
                 decode = not ends_whole(file, opened.format)
         if decode:
             datasets.Image().decode_example(image)

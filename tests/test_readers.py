@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import struct
 from pathlib import Path
 
 import aic_data
@@ -515,6 +516,11 @@ def test_pictures_that_cannot_be_read(tmp_path):
         file = tmp_path / f"cut-{suffix}.{suffix}"
         Image.effect_noise((64, 64), 50).save(file)
         os.truncate(file, file.stat().st_size * 2 // 3)
+    exif[Image.ExifTags.Base.Make] = "A camera"
+    Image.new("RGB", (8, 8)).save(tmp_path / "exif.jpg", exif=exif)
+    text, number = (struct.pack(">HHI", Image.ExifTags.Base.Make, *kind) for kind in ((2, 9), (5, 1)))
+    broken = (tmp_path / "exif.jpg").read_bytes().replace(text, number)  # the maker's name is a fraction
+    (tmp_path / "exif.jpg").write_bytes(broken)
     (tmp_path / "text.jpg").write_text("no picture")
     os.mkfifo(tmp_path / "pipe.jpg")
     broken = [file.name for file in sorted(tmp_path.iterdir()) if file.name not in whole]
@@ -523,7 +529,7 @@ def test_pictures_that_cannot_be_read(tmp_path):
     for decode in (False, True):
         found, report = _read(tmp_path, decode_images=decode)
         assert [row["image_id"] for row in found["train"]] == ["whole", "longer", "turned"]
-        assert report.splits["train"].problems == {"damaged image": 8}
+        assert report.splits["train"].problems == {"damaged image": 9}
         assert report.splits["train"].examples["damaged image"][0] == "cut-bmp (metadata.jsonl:4)"
 
 
