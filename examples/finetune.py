@@ -284,7 +284,7 @@ class CritiqueTrainer(GuardedTrainer):
         for indices in (mine[start : start + step] for start in range(0, len(mine), step)):
             rows = [self.photographs[i] for i in indices]
             images = [read_photograph(row["image"]) for row in rows]
-            prompts = [topic_prompt(processor, row["topic"]) for row in rows]
+            prompts = [topic_prompt(processor, row["topic"], row["prompt"]) for row in rows]
             inputs = self._prepare_inputs(processor(images=images, text=prompts, padding=True, return_tensors="pt"))
             with self.compute_loss_context_manager():
                 texts, outputs = write_captions(

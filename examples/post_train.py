@@ -144,14 +144,14 @@ def choose_rewards(args: ScriptArguments, processor: Any) -> tuple[list[Callable
 # Data ----------------------------------------------------------------------------------------------------------------
 
 
-def question_of(topic: str | None) -> list[dict[str, str]]:
-    return [{"role": "user", "content": topic_question(topic)}]
+def question_of(topic: str | None, prompt: str | None) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt or topic_question(topic)}]
 
 
 def grpo_rows(data: str) -> datasets.Dataset:
     """A row a photograph and topic: a question to answer, and what rewards need to know."""
     rows = load(data)[0]["train"]
-    prompts = [question_of(topic) for topic in rows["topic"]]
+    prompts = [question_of(*pair) for pair in zip(rows["topic"], rows["prompt"])]
     kept = rows.select_columns(["image", "captions", "score_mean", "aspect_labels"])
     return kept.add_column("prompt", prompts)
 
@@ -174,7 +174,7 @@ def dpo_rows(path: Path) -> datasets.Dataset:
             raise ValueError(f"{path}, line {number}: not an object with `image`, `chosen`, `rejected`.") from error
         if not (path.parent / image).is_file():
             raise ValueError(f"{path}, line {number}: there is no {path.parent / image}.")
-        question = [{"role": "user", "content": row["prompt"]}] if row.get("prompt") else question_of(None)
+        question = question_of(None, row.get("prompt"))
         answers = {
             name: [{"role": "assistant", "content": text}]
             for name, text in (("chosen", chosen), ("rejected", rejected))
