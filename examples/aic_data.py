@@ -62,7 +62,7 @@ from data_report import Report, SplitReport, is_kept
 from datasets.exceptions import DatasetsError
 from picture_files import PictureIndex, find_picture, index_pictures, is_damaged, normal_path, photograph_id
 from picture_files import without_suffix as without_suffix
-from readers import RefusedFile, find_files, other_files, read_rows
+from readers import RefusedFile, find_files, is_one_image, other_files, read_rows
 from readers.conversations import PLACEHOLDER
 from scales import DEFAULT, Scale, known_scale, misfit, say_scale
 
@@ -366,8 +366,12 @@ def file_rows(
                 raise
             notes.append(f"Not read: {error}")
             continue
+        except ValueError:
+            if len(files) == 1 or not is_one_image(file):
+                raise
+            rows = [(1, None)]
         place = PurePosixPath(file.relative_to(root).as_posix())
-        names = [file.stem, *(part.name for part in file.parents[: len(place.parts)])]
+        names = [file.stem, *(folder.name for folder in file.absolute().parents[: len(place.parts)])]
         here_options = replace(options, known=known_scale(names))
         here = "" if len(place.parts) == 1 else place.parent.as_posix()
         beside = file.stem == "metadata"  # it means the picture of that very path
@@ -377,7 +381,7 @@ def file_rows(
             found = find_row_picture(name, here, images, beside, find_index(images or root)) if name else None
             split = split_of(place, normal_path(posixpath.join(here, name) if beside else name))
             image = None if found is None else {"path": found[0], "bytes": None}
-            where = f"{place}:{number}"
+            where = whole(f"{place}:{number}")
             # what lies beside a file in a folder is told from what lies beside another; a split's folder is none
             folder = here if beside else "" if found is None else found[1]
             first, _, below = folder.partition("/")

@@ -52,7 +52,8 @@ class SplitReport:
     topics: Counter = field(default_factory=Counter)
     rules: Counter = field(default_factory=Counter)  # how the split of rows was told
     scales: Counter = field(default_factory=Counter)  # rows by what their score was read as
-    unscaled: list[float] = field(default_factory=list, repr=False)  # scores as given, where no scale was told
+    # scores as given, where no scale was told, and their places
+    unscaled: list[tuple[float, str | None]] = field(default_factory=list, repr=False)
     problems: Counter = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     image_ids: set[str] = field(default_factory=set, repr=False)
@@ -65,7 +66,7 @@ class SplitReport:
         image_id, topic, prompt = row["image_id"], row["topic"], row["prompt"]
         self.rules[row["split_rule"]] += 1
         if row["unscaled"] is not None:
-            self.unscaled.append(row["unscaled"])
+            self.unscaled.append((row["unscaled"], row["place"]))
         if row["scale"] is not None:
             self.scales[row["scale"]] += 1
             self._misfits[row["scale"]] += "score out of range" in row["problems"]

@@ -86,7 +86,7 @@ def find_picture(name: str, folders: list[str], index: PictureIndex, by_name: bo
     name = normal_path(name)
     if not name:
         return None
-    if posixpath.isabs(name) or name[1:2] == ":":
+    if os.path.isabs(name):
         return (name, "") if os.path.isfile(name) else None
     keys = {folder: posixpath.normpath(posixpath.join(folder, name)) for folder in folders}
     for folder, key in keys.items():

@@ -54,22 +54,26 @@ def say_scale(scale: Scale) -> str:
     return f"{scale[0]:g} to {scale[1]:g}"
 
 
-def misfit(scores: list[float]) -> str | None:
+def misfit(scores: list[tuple[float, str | None]]) -> str | None:
     """
-    Why scores whose scale nobody told are not from 1 to 10, None if they may be.
+    Why scores whose scale nobody told, each with its place, are not from 1 to 10; None if they may be.
 
     They are not if any is below 1 or above 10, or if there are at least `ENOUGH` and none is above 5: an error that
     the user answers is better than the best read as the worst.
     """
     if not scores:
         return None
-    low, high = min(scores), max(scores)
+    (low, lowest), (high, highest) = (choose(scores, key=lambda one: one[0]) for choose in (min, max))
     if DEFAULT[0] <= low and high <= DEFAULT[1] and (high > 5 or len(scores) < ENOUGH):
         return None
     usual = next((scale for scale in USUAL if scale[0] <= low and high <= scale[1]), None)
     perhaps = "" if usual is None else f", perhaps --score-range {usual[0]:g} {usual[1]:g}"
     return (
-        f"{len(scores)} scores from {low:g} to {high:g}, and nothing says what is the worst and what the best; they do "
-        f"not look like 1 to 10. Say it by --score-range WORST BEST{perhaps} (with --score-range 1 10 those outside "
+        f"{len(scores)} scores from {low:g}{_at(lowest)} to {high:g}{_at(highest)}, and nothing says what is the worst "
+        f"and what the best; they do not look like 1 to 10. Say it by --score-range WORST BEST{perhaps} (with --score-range 1 10 those outside "
         "are left out and counted)."
     )
+
+
+def _at(place: str | None) -> str:
+    return "" if place is None else f" ({place})"

@@ -196,6 +196,9 @@ def test_dpc2022(tmp_path):
     assert found["validation"][0]["captions"] == shared["raw_comments"] and first["score_mean"] == pytest.approx(5.31)
     assert third["caption_weights"] is None and report.splits["train"].problems == {"unreadable caption_weight": 1}
     assert not report.notes  # the lists were read, for the splits
+    _write(tmp_path / "13.json", "{")  # one of half a million
+    found, report = _read(tmp_path)
+    assert report.splits["train"].examples == {"unreadable row": ["13.json:1"]} and len(found["train"]) == 1
 
 
 def test_ava_comments_and_tables(tmp_path):
@@ -280,6 +283,12 @@ def test_refusals_say_what_was_tried(tmp_path):
     _write(tmp_path / "more.jsonl", _lines({"image": "a.jpg", "caption": "Nice."}))
     found, report = _read(tmp_path)
     assert len(found["train"]) == 1 and "things.json is of no known form" in report.notes[0]  # not without a word
+    _write(tmp_path / "half.jsonl", "")
+    assert "half.jsonl is empty" in _read(tmp_path)[1].notes[0]
+    _write(tmp_path / "half.json", "[{")
+    with pytest.raises(ValueError, match=r"half\.json is no JSON"):
+        aic_data.load(tmp_path)  # a download that was cut short is not read as less data
+    (tmp_path / "half.json").unlink()
     for images, message in ((tmp_path / "none", "is no folder"), (file, "is no folder")):
         with pytest.raises(ValueError, match=message):
             aic_data.load(file, images)
@@ -419,11 +428,14 @@ def test_the_scale_is_that_of_the_nearest_name(tmp_path):
 @pytest.mark.parametrize(
     "scores, told",
     [
-        ([0.21, 0.45, 0.55, 0.63, 0.9, 1.0], "6 scores from 0.21 to 1.*perhaps --score-range 0 1"),
-        ([1.4, 2.2, 2.9, 3.3, 4.8], "5 scores from 1.4 to 4.8.*perhaps --score-range 1 5"),
-        ([8.0, 31.0, 92.9], "3 scores from 8 to 92.9.*perhaps --score-range 0 100"),
-        ([0.0, 7.5], "from 0 to 7.5.*perhaps --score-range 0 10"),
-        ([5, 250], "from 5 to 250, .* --score-range WORST BEST [(]"),
+        (
+            [0.21, 0.45, 0.55, 0.63, 0.9, 1.0],
+            r"6 scores from 0.21 \(list.json:1\) to 1 \(list.json:6\).*perhaps --score-range 0 1",
+        ),
+        ([1.4, 2.2, 2.9, 3.3, 4.8], "5 scores from 1.4 .* to 4.8 .*perhaps --score-range 1 5"),
+        ([8.0, 31.0, 92.9], "3 scores from 8 .* to 92.9 .*perhaps --score-range 0 100"),
+        ([0.0, 7.5], "from 0 .* to 7.5 .*perhaps --score-range 0 10"),
+        ([5, 250], "from 5 .* to 250 .* --score-range WORST BEST [(]"),
     ],
 )
 def test_scores_of_an_untold_scale_are_an_error(tmp_path, capsys, scores, told):

@@ -27,7 +27,7 @@ from . import (
     rpcd,
     rpcd_raw,
 )
-from .files import SPLIT_LISTS, parse
+from .files import SPLIT_LISTS, RefusedFile, parse
 
 
 # in this order the first that does not refuse a file reads it; `own` takes any rows that name a picture
@@ -49,10 +49,6 @@ FORMS = (
 BY_NAME = (own, pccd, rpcd, rpcd_raw, dpc_captions, dpc2022, ava, ava_comments)
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
 NOT_DATA = ("dataset_infos.json", "dataset_info.json", "state.json", "package.json")
-
-
-class RefusedFile(ValueError):
-    """A file that is of none of the forms."""
 
 
 def find_files(source: Path) -> list[Path]:
@@ -86,6 +82,11 @@ def other_files(source: Path, files: list[Path]) -> list[str]:
     return sorted(file.name for file in found - set(files))
 
 
+def is_one_image(file: Path) -> bool:
+    """Whether by its name the file is one of many, each of a single image."""
+    return any(file.match(pattern) for patterns in dpc2022.FILES for pattern in patterns)
+
+
 def is_data(file: Path) -> bool:
     """Whether a file's name says that it may hold rows."""
     return file.suffix.lower() in SUFFIXES and file.name not in NOT_DATA
@@ -96,7 +97,7 @@ def read_rows(file: Path, columns: dict[str, str]) -> Iterator[tuple[int, dict[s
     The rows of a file in any of the forms, numbered by its lines, or by their places in a list.
 
     Raises:
-        RefusedFile: naming each form and why the file is not of it.
+        RefusedFile: naming each form and why the file is not of it, or that it is empty.
         ValueError: if the file cannot be read at all.
     """
     content = parse(file)

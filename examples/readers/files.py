@@ -28,6 +28,10 @@ BYTE_ORDER_MARKS = (
 )
 
 
+class RefusedFile(ValueError):
+    """A file that holds no rows of any form."""
+
+
 def read_text(file: Path) -> str:
     """The text of a file in UTF-8, or UTF-16 with its mark; what is neither is U+FFFD, which the report counts."""
     if not file.is_file():  # NOTE: opening a named pipe would wait for ever
@@ -36,7 +40,7 @@ def read_text(file: Path) -> str:
     encoding = next((name for mark, name in BYTE_ORDER_MARKS if content.startswith(mark)), "utf-8")
     text = content.decode(encoding, errors="replace")
     if not text.strip():
-        raise ValueError(f"{file} is empty.")
+        raise RefusedFile(f"{file} is empty.")
     if "\0" in text[:1000]:
         raise ValueError(f"{file} is not text, or UTF-16 without its mark: save it as UTF-8.")
     return text
