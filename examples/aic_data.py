@@ -62,7 +62,7 @@ from data_report import Report, SplitReport, is_kept
 from datasets.exceptions import DatasetsError
 from picture_files import PictureIndex, find_picture, index_pictures, is_damaged, normal_path, photograph_id
 from picture_files import without_suffix as without_suffix
-from readers import RefusedFile, find_files, is_one_image, other_files, read_rows
+from readers import RefusedFile, find_files, is_one_image, other_files, pccd, read_rows
 from readers.conversations import PLACEHOLDER
 from scales import DEFAULT, Scale, known_scale, misfit, say_scale
 
@@ -126,6 +126,7 @@ class Options:
     columns: dict[str, str]
     score_range: Scale | None
     decode_images: bool
+    pccd: str = pccd.TEXTS[0]
     known: tuple[str, Scale] | None = None
 
 
@@ -360,7 +361,7 @@ def file_rows(
     find_index = functools.cache(index_pictures)
     for file in files:
         try:
-            rows = read_rows(file, options.columns)
+            rows = read_rows(file, options.columns, options.pccd)
         except RefusedFile as error:
             if len(files) == 1:
                 raise
@@ -467,6 +468,7 @@ def load(
     columns: dict[str, str] | None = None,
     score_range: tuple[float, float] | None = None,
     decode_images: bool = False,
+    pccd_texts: str = pccd.TEXTS[0],
     streaming: bool = False,
     check: int | None = None,
     verbose: bool = True,
@@ -482,6 +484,8 @@ def load(
             else 1 and 10.
         decode_images: Decodes every picture, to leave out all that are damaged. Slow; otherwise only those that do not
             begin as a picture, have broken EXIF, or are cut short are found.
+        pccd_texts: Of PCCD, a row for every topic (`aspects`), or one of the photograph with all texts (`joined`) or the
+            general impression (`general`).
         streaming: Pictures of a Hub data set are fetched when they are asked for, and rows never kept.
         check: Look only at so many rows of each split for the report and for overlap, e.g. of a Hub data set that is
             too large to read twice.
@@ -493,7 +497,9 @@ def load(
     """
     if score_range is not None and not score_range[0] < score_range[1]:
         raise ValueError(f"`score_range` is worst and best, got {score_range}.")
-    options = Options(columns or {}, score_range, decode_images)
+    if pccd_texts not in pccd.TEXTS:
+        raise ValueError(f"`pccd_texts` is one of {', '.join(pccd.TEXTS)}, got {pccd_texts!r}.")
+    options = Options(columns or {}, score_range, decode_images, pccd_texts)
     splits, notes = load_source(Path(source), images, options, streaming)
     splits = {name: splits[name] for name in dict.fromkeys((*SPLITS.values(), *splits)) if name in splits}
     report = Report(str(source), rows_checked=check, notes=notes)
@@ -653,6 +659,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--columns", nargs="+", default=[], metavar="NAME=GIVEN", help="columns of other names")
     parser.add_argument("--score-range", nargs=2, type=float, metavar=("WORST", "BEST"), help="default: see above")
     parser.add_argument("--decode-images", action="store_true", help="decode every picture, to find those cut short")
+    parser.add_argument("--pccd", choices=pccd.TEXTS, default=pccd.TEXTS[0], help="which texts of PCCD are a row")
     parser.add_argument("--streaming", action="store_true", help="do not hold or store the rows")
     parser.add_argument("--check", type=int, metavar="ROWS", help="look at so many rows of each split only")
     args = parser.parse_args(argv)
@@ -664,6 +671,7 @@ def main(argv: list[str] | None = None) -> int:
             columns=parse_columns(args.columns),
             score_range=args.score_range and tuple(args.score_range),
             decode_images=args.decode_images,
+            pccd_texts=args.pccd,
             streaming=args.streaming,
             check=args.check,
         )

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import tiny_processor
 from PIL import Image
+from readers import pccd
 from scales import known_scale
 from test_aic_data import PCCD, _lines, _load, _pictures, _write
 
@@ -154,6 +155,19 @@ def test_pccd_as_it_was_crawled(tmp_path):
     last = found["train"][-1]  # nobody wrote about it, and still it has an overall score
     assert (last["image_id"], last["topic"], last["captions"]) == ("2_lake", None, [])
     assert last["score_mean"] == pytest.approx(7.3) and not report.splits["train"].problems
+
+
+def test_pccd_of_the_whole_photograph(tmp_path):
+    _pictures(tmp_path, "1_hill.jpg", "2_lake.jpg")
+    rows = [{**PCCD, "title": "1_hill"}, {**PCCD, "title": "2_lake", "general_impression": ""}]
+    _write(tmp_path / "guru_train.json", rows)
+    hill, lake = _load(tmp_path, pccd_texts="joined")[0]["train"]
+    assert hill["captions"] == ["\n".join(PCCD[topic] for topic in pccd.TOPICS if PCCD[topic])]
+    assert len(hill["topic_scores"]) == 6 and hill["topic"] is None and len(lake["captions"][0].split("\n")) == 5
+    hill, lake = _load(tmp_path, pccd_texts="general")[0]["train"]
+    assert (hill["captions"], lake["captions"]) == (["An interesting image."], []) and lake["score_mean"] is not None
+    with pytest.raises(ValueError, match="aspects, joined, general, got 'all'"):
+        aic_data.load(tmp_path, pccd_texts="all")
 
 
 def test_files_of_aestheval(tmp_path):

@@ -92,9 +92,15 @@ def is_data(file: Path) -> bool:
     return file.suffix.lower() in SUFFIXES and file.name not in NOT_DATA
 
 
-def read_rows(file: Path, columns: dict[str, str]) -> Iterator[tuple[int, dict[str, Any] | None]]:
+def read_rows(
+    file: Path, columns: dict[str, str], pccd_texts: str = pccd.TEXTS[0]
+) -> Iterator[tuple[int, dict[str, Any] | None]]:
     """
     The rows of a file in any of the forms, numbered by its lines, or by their places in a list.
+
+    Args:
+        columns: Names of the schema, and what the file calls them.
+        pccd_texts: Which of PCCD's texts; see `pccd`.
 
     Raises:
         RefusedFile: naming each form and why the file is not of it, or that it is empty.
@@ -106,7 +112,7 @@ def read_rows(file: Path, columns: dict[str, str]) -> Iterator[tuple[int, dict[s
     reasons = []
     for form in FORMS:
         if (reason := form.why_not(content)) is None:
-            return form.read(content, file)
+            return form.read(content, file, pccd_texts) if form is pccd else form.read(content, file)
         reasons.append(f"{form.NAME}: {reason}")
     raise RefusedFile(f"{file} is of no known form. Tried:\n  " + "\n  ".join(reasons))
 

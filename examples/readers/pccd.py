@@ -1,7 +1,8 @@
 """
-PCCD: `guru_*.json` or its own `raw.json`, a list of photographs; each gives a row for every topic.
+PCCD: `guru_*.json` or its own `raw.json`, a list of photographs.
 
-Scores are from 0 to 10. What its reviewers did not write (a score "N", an empty text) is absent. The files of Aestheval
+By `texts` each photograph gives a row for every topic (`aspects`), or one of the whole photograph: all that was written,
+in the order of the topics (`joined`), or the general impression (`general`). Scores are from 0 to 10. What its reviewers did not write (a score "N", an empty text) is absent. The files of Aestheval
 (`processed_*.json`, `processed_info_*.json`) name the picture `im_name` and have no overall score: their `mean_score` is
 what a model read from the texts, not a rating.
 """
@@ -27,6 +28,7 @@ TOPICS = (  # in the order of `score`
 FILES = (("guru_*.json",), ("raw.json",))
 ABSENT = (None, "", "n", "n/a", "na", "-", "none")
 SCALE = (0, 10)
+TEXTS = ("aspects", "joined", "general")
 
 
 def why_not(content: Any) -> str | None:
@@ -35,7 +37,9 @@ def why_not(content: Any) -> str | None:
     return f"no row has {TOPICS[0]}, {TOPICS[1]}, ..."
 
 
-def read(content: list[tuple[int, Any]], file: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
+def read(
+    content: list[tuple[int, Any]], file: Path, texts: str = TEXTS[0]
+) -> Iterator[tuple[int, dict[str, Any] | None]]:
     for number, entry in content:
         if not isinstance(entry, dict):
             yield number, None
@@ -50,10 +54,16 @@ def read(content: list[tuple[int, Any]], file: Path) -> Iterator[tuple[int, dict
             "topic_range": SCALE,
         }
         written = [topic for topic in TOPICS if present(entry.get(topic)) is not None]
-        for topic in written:
-            yield number, {**shared, "captions": entry[topic], "topic": topic, "topic_score": scores[topic]}
-        if not written:
-            yield number, shared
+        if texts == "general":
+            written = written[:1] if written[:1] == [TOPICS[0]] else []
+        if texts == "aspects" and written:
+            for topic in written:
+                yield number, {**shared, "captions": entry[topic], "topic": topic, "topic_score": scores[topic]}
+        elif all(isinstance(entry[topic], str) for topic in written):
+            whole = "\n".join(entry[topic].strip() for topic in written)
+            yield number, {**shared, "captions": [whole] if whole else []}
+        else:
+            yield number, None
 
 
 def present(value: Any) -> Any:
