@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 import pytest
 from conftest import tiny_processor
+from data_schema import read_texts
 from PIL import Image
 from readers import pccd
 from scales import known_scale
@@ -526,9 +527,9 @@ def test_every_bad_line_is_one_problem_with_its_place(tmp_path):
 )  # fmt: skip
 def test_tokens_of_pictures_are_known(text):
     problems = []
-    assert aic_data.read_texts({"caption": f"See {text}."}, problems) == ([], None)
+    assert read_texts({"caption": f"See {text}."}, problems) == ([], None)
     assert problems == ["image token in text"]
-    assert aic_data.read_texts({"caption": "The image <3 of an <imagined> place [image 2]."}, [])[0]
+    assert read_texts({"caption": "The image <3 of an <imagined> place [image 2]."}, [])[0]
 
 
 def test_pictures_that_cannot_be_read(tmp_path):
