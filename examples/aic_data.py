@@ -157,10 +157,9 @@ def find_row_picture(
         beside: Whether the file means only pictures by their paths from it.
     """
     if images is not None:
-        found = find_picture(name, ["", here], index, by_name=True)
         # names may begin with the folder that the user gave: images/1.jpg
         short = normal_path(name).removeprefix(f"{images.resolve().name}/")
-        found = found or (find_picture(short, [""], index, by_name=True) if "/" in normal_path(name) else None)
+        found = find_picture(name, ["", here], index, by_name=True) or find_picture(short, [""], index, by_name=False)
         return None if found is None else (found[0], "")
     if beside:
         return find_picture(name, [here], index, by_name=False)

@@ -347,12 +347,13 @@ def test_a_path_may_leave_the_folder_of_its_file_but_not_the_data(tmp_path, fold
 
 def test_names_that_begin_with_the_given_folder(tmp_path):
     _pictures(tmp_path / "images", "a.jpg", "set/b.jpg")
-    names = [str(tmp_path / "images" / "a.jpg"), "images/a.jpg", "images/set/b.jpg", "other/b.jpg"]
+    names = [str(tmp_path / "images" / "a.jpg"), "images/a.jpg", "images/set/b.jpg", "other/b.jpg", "images/b.jpg"]
     file = _write(tmp_path / "data" / "list.json", [{"image": name, "gt_score": 6} for name in names])
     found, report = _load(file, tmp_path / "images")
     ids = [row["image_id"] for row in found["train"]]
     assert ids == [aic_data.photograph_id(name) for name in names[:3]]
-    assert report.splits["train"].examples["missing image"] == ["other/b (list.json:4)"]
+    missing = ["other/b (list.json:4)", "images/b (list.json:5)"]
+    assert report.splits["train"].examples["missing image"] == missing
 
 
 def test_linked_folders_of_pictures(tmp_path):

@@ -1,0 +1,68 @@
+"""Several sources as one: weights, shared photographs, ids that mean two photographs."""
+
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from mixtures import load_mixture
+from PIL import Image
+from test_aic_data import _lines, _write
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+def _photograph(number: int, side: int = 96) -> Image.Image:
+    blocks = np.random.default_rng(number).integers(0, 255, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(blocks).resize((side, side), Image.Resampling.BICUBIC)
+
+
+def _source(folder: Path, rows: dict[str, int], split: str = "train", side: int = 96, quality: int = 90) -> str:
+    """A folder whose pictures are photographs by their numbers."""
+    for name, number in rows.items():
+        (folder / split / name).parent.mkdir(parents=True, exist_ok=True)
+        _photograph(number, side).save(folder / split / name, quality=quality)
+    lines = _lines(*({"file_name": name, "caption": f"{folder.name} {name}."} for name in rows))
+    _write(folder / split / "metadata.jsonl", lines)
+    return str(folder)
+
+
+def test_sources_are_joined_by_their_weights(tmp_path):
+    one = _source(tmp_path / "one", {f"a{i}.jpg": i for i in range(4)})
+    two = _source(tmp_path / "two", {f"b{i}.jpg": 10 + i for i in range(6)})
+    _source(tmp_path / "two", {"t.jpg": 20}, split="test")
+    splits, reports = load_mixture([one, two])
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 10, "test": 1}
+    assert [report.source for report in reports] == [one, two]
+    splits, _ = load_mixture([one, two], [2, 0.5], seed=3)
+    ids = splits["train"]["image_id"]
+    assert sorted(ids[:8]) == sorted(["a0", "a1", "a2", "a3"] * 2)
+    assert len(ids) == 11 and len(set(ids[8:])) == 3 and len(splits["test"]) == 1
+    assert load_mixture([one, two], [2, 0.5], seed=3)[0]["train"]["image_id"] == ids
+    assert splits["train"][0]["image"].size == (96, 96)
+    for weights, message in (([1], "2 sources take as many weights, got 1"), ([1, 0], "larger than 0, got 0")):
+        with pytest.raises(ValueError, match=message):
+            load_mixture([one, two], weights)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_photograph_of_one_test_is_not_trained_on_in_another(tmp_path, order):
+    one = _source(tmp_path / "scores", {"953.jpg": 1, "954.jpg": 2})
+    # smaller and saved anew, as the next laboratory has it
+    two = _source(tmp_path / "captions", {"954.jpg": 2, "955.jpg": 3}, split="test", side=64, quality=60)
+    message = f"1 photographs of test in {two} are in train of {one}: 954."
+    with pytest.raises(ValueError, match=message):
+        load_mixture([one, two][::order])
+
+
+def test_one_id_of_two_photographs(tmp_path):
+    one = _source(tmp_path / "berlin", {"1.jpg": 1, "2.jpg": 2})
+    two = _source(tmp_path / "paris", {"1.jpg": 3, "2.jpg": 2}, split="train")
+    _source(tmp_path / "paris", {"3.jpg": 4}, split="test")
+    splits, _ = load_mixture([one, two])
+    assert splits["train"]["image_id"] == ["1", "2", "paris/1", "2"]  # the second is the same photograph
+    three = _source(tmp_path / "rome", {"2.jpg": 5}, split="test")
+    assert load_mixture([one, three])[0]["test"]["image_id"] == ["rome/2"]
