@@ -521,6 +521,45 @@ def test_every_bad_line_is_one_problem_with_its_place(tmp_path):
     assert len(list(aic_data.training_rows(aic_data.load(tmp_path)[0]["train"], tiny_processor()))) == counted.rows - 3
 
 
+ODD = (
+    *(None, "", 7, -1, True, 10**400, [], {}, [[[]]], [None], {"a": {"b": 1}}),
+    *("\ud83d", "a\0b", "<image>", "../../x", "/"),
+)
+TURNS = [{"from": "human", "value": "Sharp?"}, {"from": "gpt", "value": "Quite."}]
+ROWS_OF_FORMS = {
+    "own": {"image": "a.jpg", "captions": ["Nice."], "caption_weights": [1], "score": 6, "score_range": [1, 10],
+            "aspect": "light", "saliency": [[1, 0]], "aspect_labels": [1], "image_id": "a",
+            "prompt": "Sharp?", "topic_scores": {"light": 3}, "topic_range": [1, 5]},
+    "conversations": {"image": "a.jpg", "conversations": TURNS, "system": "Judge.", "gt_score": 6},
+    "messages": {"images": ["a.jpg"], "messages": [{"role": "user", "content": [{"type": "text", "text": "Sharp?"}]},
+                                                   {"role": "assistant", "content": "Quite."}]},
+    "guru": {"title": "a", "overall": "7", "score": ["7"] * 7, "general_impression": "Nice.", "subject_of_photo": "Clear."},
+    "rpcd": {"im_id": "a", "im_paths": "a.jpg", "mean_score": 0.5, "first_level_comments_values": ["Nice."]},
+    "ava": {"im_name": "a.jpg", "im_score": 6, "comments": ["Nice."]},
+    "rpcd_raw": {"submission_id": "a", "comment_parent_id": "t3_a", "comment_body": "Nice."},
+    "apddv2": {"filename": "a.jpg", "Total aesthetic score": 60, "Color": 6, "Language Comment": "Nice."},
+    "tanet": {"image_id": "a", **{f"score{i}": 1 for i in range(2, 12)}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ROWS_OF_FORMS)
+def test_an_odd_value_anywhere_is_never_the_end(tmp_path, form):
+    """A good row first and last, and in between the same with every value in every place."""
+    _pictures(tmp_path, "a.jpg", "a-image.jpg")
+    good = ROWS_OF_FORMS[form]
+    odd = [{**good, name: value} for name in good for value in ODD]
+    if form == "conversations":
+        odd += [{**good, form: [{**TURNS[0], name: value}, TURNS[1]]} for name in TURNS[0] for value in ODD]
+    file = _write(tmp_path / "rows.json", [good, *odd, "?", None, good])
+    found, report = _read(file, verbose=False)
+    assert sum(part.rows for part in report.splits.values()) >= (len(good) if form == "rpcd_raw" else len(odd) + 4)
+    rows = [row for rows in found.values() for row in rows]
+    for row in (rows[0], rows[-1]):
+        assert row["captions"] or row["score"]
+    examples = aic_data.training_rows(aic_data.load(file, verbose=False)[0]["train"], tiny_processor())
+    assert ASEDataCollator(tiny_processor())(list(examples)[-8:])["labels"].shape[0] == min(8, len(examples))
+
+
 @pytest.mark.parametrize(
     "text",
     ["<image>", "<|image|>", "a <|image_pad|> b", "<image_soft_token>", "<IMG_CONTEXT>", "[IMG]", "</img>", "<|image_1|>",

@@ -45,7 +45,7 @@ def read(content: list[tuple[int, Any]], file: Path) -> Iterator[tuple[int, dict
         yield (
             number,
             {
-                "image": (entry.get("filename") or "").strip(),
+                "image": str(entry.get("filename") or "").strip(),
                 "captions": [comment] if comment else [],
                 "score": entry.get(total),
                 "score_range": (0, 100) if total == TOTAL else (0, 10),

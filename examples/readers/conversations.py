@@ -25,9 +25,8 @@ ROLES = {
 }
 # what models put for a picture: <image>, <|image|>, <|image_pad|>, <image_soft_token>, </img>, [IMG_END], <IMG_CONTEXT>
 PLACEHOLDER = re.compile(
-    r"<[|/_]*(?:(?:start|begin|end|fake)_(?:of|token_around)_)?(?:image|img|im|vision|video|media)(?:_[a-z0-9_]+)?[ \d]*\|?>"
-    r"|\[/?IMG(?:_[A-Z]+)?\]",
-    re.IGNORECASE,
+    r"(?i:<[|/_]*(?:(?:start|begin|end|fake)_(?:of|token_around)_)?(?:image|img|im|vision|video|media)(?:_[a-z0-9_]+)?[ \d]*\|?>)"
+    r"|\[IMG(?:_[A-Z]+)?\]"  # not as forums write them
 )
 
 

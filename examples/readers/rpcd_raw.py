@@ -26,8 +26,12 @@ def why_not(content: Any) -> str | None:
     wanted = (
         {"comment_body", "submission_id"} if isinstance(content, list) else {"im_paths", "first_level_comments_values"}
     )
-    missing = wanted - names_in(content)
-    return f"no {' and '.join(sorted(missing))}" if missing else None
+    if missing := wanted - names_in(content):
+        return f"no {' and '.join(sorted(missing))}"
+    columns = [content[name] for name in wanted] if isinstance(content, dict) else []
+    if not all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+        return "its columns are no lists of one length"
+    return None
 
 
 def read(content: Any, file: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
@@ -44,8 +48,8 @@ def read(content: Any, file: Path) -> Iterator[tuple[int, dict[str, Any] | None]
         if not isinstance(entry, dict) or not entry.get("submission_id"):
             yield number, None
             continue
-        _, comments = posts.setdefault(entry["submission_id"], (number, []))
-        text, parent = entry.get("comment_body") or "", str(entry.get("comment_parent_id") or "t3_")
+        _, comments = posts.setdefault(str(entry["submission_id"]), (number, []))
+        text, parent = str(entry.get("comment_body") or ""), str(entry.get("comment_parent_id") or "t3_")
         if parent.startswith("t3_") and not any(one in text.lower() for one in NO_CRITIQUES):
             comments.append(text)
     for identity, (number, comments) in posts.items():
