@@ -120,7 +120,12 @@ def meteor_rows(captions: list[str], references: list[list[str]]) -> np.ndarray:
     for caption, texts in zip(captions, references):
         caption, *texts = (text.replace("|", " ").strip() or "." for text in (caption, *texts))  # "|||" separates
         lines.append(meteor_program()._stat(caption, texts).split())
-    return np.array(lines, dtype=float)
+    rows = np.array(lines, dtype=float)
+    # words of the caption and of its reference, how many of each are matched, and in how many pieces
+    words, known, pieces, matched, met = rows[:, [0, 1, 20, 21, 22]].T
+    # the program adds no piece of a caption that matches wholly, but does so only when it adds captions up itself
+    rows[(matched == words) & (met == known) & (pieces == 1), 20] = 0
+    return rows
 
 
 def meteor(rows: np.ndarray) -> np.ndarray:

@@ -110,6 +110,18 @@ def test_meteor_is_the_librarys_and_survives_odd_captions():
     assert found["METEOR"] == pytest.approx(by_library(metrics.meteor_program(), CAPTIONS, REFERENCES)[0])
     rows = metrics.meteor_rows(CAPTIONS, REFERENCES)
     assert metrics.meteor(np.stack([rows, rows[::-1]])) == pytest.approx([found["METEOR"]] * 2)
+    perfect = ["the light is soft and warm", "the horizon tilts to the left side of the frame", "lights", "a frame"]
+    others = [
+        ["the light is soft and warm"],
+        ["a tilted horizon and a busy left edge"],
+        ["light"],
+        ["frame a", "edge"],
+    ]
+    for captions, texts in ((perfect, others), (perfect[:2], others[:2]), (perfect[:1], others[:1])):
+        rows = metrics.meteor_rows(captions, texts)
+        assert metrics.meteor(rows) == pytest.approx(
+            by_library(metrics.meteor_program(), captions, texts)[0], abs=1e-9
+        )
     odd = metrics.meteor_rows(["", "a ||| b", "the light is soft"], [["soft"], ["|||"], ["", "the light"]])
     values = metrics.meteor(odd[:, None])
     assert values[:2].tolist() == [0, 0] and values[2] > 0.3
