@@ -49,6 +49,7 @@ class SplitReport:
     words: list[int] = field(default_factory=list, repr=False)  # of each caption
     scores: list[float] = field(default_factory=list, repr=False)  # of each photograph that has one
     with_distribution: int = 0
+    with_topic_scores: int = 0
     topics: Counter = field(default_factory=Counter)
     rules: Counter = field(default_factory=Counter)  # how the split of rows was told
     scales: Counter = field(default_factory=Counter)  # rows by what their score was read as
@@ -84,9 +85,11 @@ class SplitReport:
                 self._note("repeated text", row)
             self.words.append(len(words(text)))
         self.topics[topic or ("(questions of their own)" if prompt else "(everything)")] += 1
-        if image_id not in self.image_ids and row["score_mean"] is not None:
-            self.scores.append(row["score_mean"])
-            self.with_distribution += row["score"] is not None
+        if image_id not in self.image_ids:
+            self.with_topic_scores += row["topic_scores"] is not None
+            if row["score_mean"] is not None:
+                self.scores.append(row["score_mean"])
+                self.with_distribution += row["score"] is not None
         self.image_ids.add(image_id)
 
     def _is_new(self, *key: str | None) -> bool:
@@ -121,6 +124,8 @@ class SplitReport:
         if self.words:
             figures |= {"words a caption": f"{np.mean(self.words):.1f}", "words at most": max(self.words)}
         figures |= {"photographs with a score": len(self.scores), "with a distribution": self.with_distribution}
+        if self.with_topic_scores:
+            figures["with scores of topics"] = self.with_topic_scores
         if self.scores:
             figures["mean score"] = f"{np.mean(self.scores):.2f}"
             figures["range of scores"] = f"{min(self.scores):.2f}-{max(self.scores):.2f}"

@@ -270,6 +270,7 @@ def test_apddv2(tmp_path):
     assert one["topic_scores"] == [{"topic": "theme and logic", "score": 7.75}, {"topic": "color", "score": 10}]
     assert [one["topic"] for one in two["topic_scores"]] == ["creativity", "color"]
     assert report.splits["train"].problems == {"broken characters": 1, "topic score out of range": 1}
+    assert report.splits["train"].figures()["with scores of topics"] == 2
     assert report.splits["train"].examples["broken characters"] == ["w2 (APDDv2-10023.csv:4)"]
 
 
@@ -563,13 +564,14 @@ def test_an_odd_value_anywhere_is_never_the_end(tmp_path, form):
 @pytest.mark.parametrize(
     "text",
     ["<image>", "<|image|>", "a <|image_pad|> b", "<image_soft_token>", "<IMG_CONTEXT>", "[IMG]", "</img>", "<|image_1|>",
-     "<|vision_start|>", "<start_of_image>", "<fake_token_around_image>", "<image_placeholder>", "<|begin_of_image|>"],
+     "<|vision_start|>", "<start_of_image>", "<fake_token_around_image>", "<image_placeholder>", "<|begin_of_image|>", "<|imgpad|>",
+     "<im_patch>", "<images>"],
 )  # fmt: skip
 def test_tokens_of_pictures_are_known(text):
     problems = []
     assert read_texts({"caption": f"See {text}."}, problems) == ([], None)
     assert problems == ["image token in text"]
-    assert read_texts({"caption": "The image <3 of an <imagined> place [image 2]."}, [])[0]
+    assert read_texts({"caption": "The image <3 of an <imagined> or <important> place [image 2] [img]."}, [])[0]
 
 
 def test_pictures_that_cannot_be_read(tmp_path):

@@ -25,7 +25,7 @@ ROLES = {
 }
 # what models put for a picture: <image>, <|image|>, <|image_pad|>, <image_soft_token>, </img>, [IMG_END], <IMG_CONTEXT>
 PLACEHOLDER = re.compile(
-    r"(?i:<[|/_]*(?:(?:start|begin|end|fake)_(?:of|token_around)_)?(?:image|img|im|vision|video|media)(?:_[a-z0-9_]+)?[ \d]*\|?>)"
+    r"(?i:<[|/_]*(?:(?:start|begin|end|fake)_(?:of|token_around)_)?(?:(?:image|img|vision|video|media)[a-z0-9_]*|im_[a-z]+)[ \d]*\|?>)"
     r"|\[IMG(?:_[A-Z]+)?\]"  # not as forums write them
 )
 
