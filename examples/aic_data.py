@@ -59,7 +59,7 @@ import numpy as np
 from data_report import Report, SplitReport, is_kept
 from data_schema import FEATURES, NOTES, RAW_FEATURES, SPLITS, Options, read_name, to_schema, whole
 from datasets.exceptions import DatasetsError
-from picture_files import PictureIndex, find_picture, index_pictures, normal_path, photograph_id
+from picture_files import PictureIndex, find_picture, index_pictures, is_damaged, normal_path, photograph_id
 from picture_files import without_suffix as without_suffix
 from readers import RefusedFile, find_files, is_one_image, other_files, pccd, read_rows
 from scales import known_scale, misfit
@@ -109,6 +109,11 @@ def file_rows(
 ) -> Iterator[dict[str, Any]]:
     """Rows in `RAW_FEATURES` of files below `root`; what is not read is noted."""
     find_index = functools.cache(index_pictures)
+
+    @functools.cache  # a photograph may have many rows
+    def is_damaged_file(path: str) -> bool:
+        return is_damaged({"path": path, "bytes": None}, options.decode_images)
+
     for file in files:
         try:
             rows = read_rows(file, options.columns, options.pccd)
@@ -138,7 +143,8 @@ def file_rows(
             first, _, below = folder.partition("/")
             folder = below if first.lower() in SPLITS else folder
             image_id = photograph_id(posixpath.join(folder, name)) if name else where
-            result = to_schema(row, image, image_id, split, here_options)
+            damaged = found is not None and is_damaged_file(found[0])
+            result = to_schema(row, image, damaged, image_id, split, here_options)
             result["place"] = where
             if content is None:
                 result["problems"] = ["unreadable row"]
@@ -203,8 +209,9 @@ def hub_row(row: dict[str, Any], split: str, options: Options) -> dict[str, Any]
         image = None
     if (image_id := row.get("image_id")) is None:  # NOTE: names inside of Parquet files often start again in each
         image_id = hashlib.sha256(content).hexdigest()[:16] if content else PurePosixPath(path or "(none)").stem
+    damaged = image is not None and is_damaged(image, options.decode_images)
     # the split is the one it was found in: it cannot move to another
-    return to_schema({**row, "split": None}, image, str(image_id), (split, "the data set"), options)
+    return to_schema({**row, "split": None}, image, damaged, str(image_id), (split, "the data set"), options)
 
 
 # All -----------------------------------------------------------------------------------------------------------------

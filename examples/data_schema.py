@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 import numpy as np
 from common import words
-from picture_files import is_damaged, photograph_id
+from picture_files import photograph_id
 from readers import pccd
 from readers.conversations import PLACEHOLDER
 from scales import DEFAULT, Scale, say_scale
@@ -65,13 +65,19 @@ class Options:
 
 
 def to_schema(
-    row: dict[str, Any], image: dict[str, Any] | None, image_id: str, split: tuple[str, str], options: Options
+    row: dict[str, Any],
+    image: dict[str, Any] | None,
+    damaged: bool,
+    image_id: str,
+    split: tuple[str, str],
+    options: Options,
 ) -> dict[str, Any]:
     """
     A row of any source, by the names of the schema and their synonyms, to `RAW_FEATURES`.
 
     Args:
         image: `path` or `bytes` of the picture, None where there is none.
+        damaged: Whether it cannot be read.
         image_id: Of rows that do not name their own.
         split: Of rows that do not name their own, and how it was told.
     """
@@ -84,7 +90,7 @@ def to_schema(
         problems.append("several images")
     elif image is None:
         problems.append("missing image")
-    elif is_damaged(image, options.decode_images):
+    elif damaged:
         problems.append("damaged image")
     labels, saliency = read_numbers(row, "aspect_labels", 1, problems), read_numbers(row, "saliency", 2, problems)
     told = mean if topic is None else None  # the score of a topic's row is told by the photograph's others
