@@ -1,22 +1,25 @@
 """
-Measures captions of photographs against references, one system alone or two side by side.
+Measures captions and scores of photographs against references, of one system or of several side by side.
 
     python examples/evaluate_captions.py ours.jsonl --references references.jsonl
-    python examples/evaluate_captions.py ours.jsonl theirs.jsonl --references references.jsonl --out comparison
-    python examples/evaluate_captions.py examples/ase-mini --references my-photographs/metadata.jsonl
+    python examples/evaluate_captions.py ours.jsonl theirs.jsonl base.jsonl --against base --references references.jsonl
+    python examples/evaluate_captions.py examples/ase-mini --data PCCD --split test --images PCCD/images
 
 A system is a file of captions or a model (folder or Hub id, any image-text-to-text model) that captions now. Lines of
     captions     {"image_id", "caption", "aspect"?, "score"?, "saliency"?}; captions.jsonl of caption_photos.py will do
     references   {"image_id", "captions": [...], "aspect"?, "rating"?, "saliency"?, "fixations"?}; metadata.jsonl of a
                  folder of photographs will do
 `aspect` is the topic of a text, where a photograph has one text for each; `score` and `rating` are numbers of 1 to 10
-(of people: or ten shares); `saliency` is a map: a .npy file, a picture, or rows of numbers; `fixations` are [x, y] in
-shares of width and height. `path` or `file_name` may stand for `image_id`, whose suffix (.jpg, ...) does not count.
-Paths are relative to the file that names them.
+(of people: or ten shares; `--score-range` names another scale of the references'); either side may have scores alone.
+`saliency` is a map: a .npy file, a picture, or rows of numbers; `fixations` are [x, y] in shares of width and height.
+`path` or `file_name` may stand for `image_id`: the path below the references' folder, whose suffix (.jpg, ...) does not
+count. A shorter or longer path will do where only one photograph can be meant. Paths are relative to the file that names
+them. Instead of such a file `--data` takes whatever aic_data.py reads. Lines and values that cannot be read are left out
+and counted with their numbers. Exit status: 0 measured, 2 could not start.
 
 Written to --out: report.md and report.json (the table), topics.png, scores.png, and what a model said. Beside each
 figure stand its 95 % interval and the wrong-photo control: the same captions against another photograph's references.
-With two systems the table ends with difference and p-value. METEOR, SPICE and `--tokenizer ptb` need Java; what cannot
+With two systems, or with `--against NAME`, the table ends with differences and p-values. METEOR, SPICE and `--tokenizer ptb` need Java; what cannot
 be computed is named with the reason. Needs the extra `evaluation`.
 """
 
@@ -24,12 +27,15 @@ import argparse
 import json
 import re
 import sys
+from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
-from aic_data import PROMPTS, topic_question, without_suffix
+from aic_data import PROMPTS, load, topic_question
 from common import critique
 from matplotlib.figure import Figure
 from metrics import (
@@ -50,7 +56,10 @@ from metrics import (
     word_measures,
     wrong_photos,
 )
+from picture_files import photograph_id
 from PIL import Image
+from readers.files import parse_lines, read_text
+from scales import misfit
 from tqdm import tqdm
 from transformers import pipeline
 
@@ -76,6 +85,7 @@ OTHER_PROTOCOLS = {
 }
 PANELS = {"CIDEr": "CIDEr of each topic", "coverage": "topic coverage"}
 TOKENIZERS = {"words": "lower-case words, no punctuation", "ptb": "the field's PTB tokenizer"}
+NAMES = ("image_id", "file_name", "path", "image")
 SCORES = ("rating", "score", "gt_score", "score_mean")  # whichever a line of references has
 
 Rows = list[dict[str, Any]]
@@ -95,27 +105,27 @@ class Report:
 # Lines ---------------------------------------------------------------------------------------------------------------
 
 
-def read_lines(path: Path) -> Rows:
-    """Rows with a string `image_id`, and maps and fixations as arrays."""
-    with open(path, encoding="utf-8") as file:
-        lines = [(number, line) for number, line in enumerate(file, start=1) if line.strip()]
-    rows = []
-    for number, line in lines:
-        try:
-            row = json.loads(line)
-            names = [str(row[key]) for key in ("file_name", "path", "image", "image_id") if row.get(key) is not None]
-            name = Path(names[0]).name if row.get("image_id") is None else str(row["image_id"])
-            row |= {"image_id": without_suffix(name), "file_name": names[0]}
-        except (ValueError, AttributeError, IndexError) as error:
-            raise ValueError(f"{path}, line {number}: not a JSON object with an `image_id`.") from error
-        try:
-            if row.get("saliency") is not None:
-                row["saliency"] = read_map(row["saliency"], path.parent)
-            if row.get("fixations") is not None:
-                row["fixations"] = read_fixations(row["fixations"])
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
+def read_lines(path: Path, notes: list[str]) -> Rows:
+    """Rows with an `image_id`, and maps and fixations as arrays; what cannot be read is counted in `notes` by its lines."""
+    rows, unread = [], defaultdict(list)
+    for number, row in parse_lines(read_text(path)):
+        names = [str(row[key]) for key in NAMES if row.get(key) is not None] if row else []
+        if not names:
+            unread[f"not a JSON object with {' or '.join(NAMES)}"].append(number)
+            continue
+        row |= {"image_id": photograph_id(str(row.get("image_id", names[0]))), "file_name": names[0]}
+        for name, read in (("saliency", partial(read_map, folder=path.parent)), ("fixations", read_fixations)):
+            try:
+                row[name] = None if row.get(name) is None else read(row[name])
+            except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+                row[name] = None
+                unread[f"no {name} ({error})"].append(number)
         rows.append(row)
+    for what, numbers in unread.items():
+        lines = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
+        notes.append(f"{path.name}, line {lines}: {what}: {len(numbers)}")
+    if not rows:
+        raise ValueError(f"{path} has no line that can be read: {'; '.join(notes[-len(unread) :]) or 'it is empty'}.")
     return rows
 
 
@@ -142,9 +152,9 @@ def read_fixations(value: list[list[float]]) -> np.ndarray:
 def read_references(path: Path, notes: list[str]) -> Rows:
     """One row for each photograph and topic, in the file's order; what is left out or joined is counted in `notes`."""
     rows, empty, joined = {}, 0, 0
-    for row in read_lines(path):
-        texts = row.get("captions") or [row.get("caption")]
-        texts = [texts] if isinstance(texts, str) else texts
+    for row in read_lines(path, notes):
+        texts = row.get("captions") or row.get("caption") or []
+        texts = texts if isinstance(texts, list) else [texts]
         row["captions"] = [text for text in texts if isinstance(text, str) and text.strip()]
         empty += len(texts) - len(row["captions"])
         key = row["image_id"], row.get("aspect")
@@ -153,9 +163,9 @@ def read_references(path: Path, notes: list[str]) -> Rows:
             rows[key]["captions"] += row["captions"]
         else:
             rows[key] = row
-    kept = [row for row in rows.values() if row["captions"]]
+    kept = [row for row in rows.values() if row["captions"] or given_score(row) is not None]
     if not kept:
-        raise ValueError(f"{path} has no references.")
+        raise ValueError(f"{path} has no references: neither captions nor scores.")
     counts = {
         "references: empty ones left out": empty,
         "references: lines joined with another of the same photograph and topic": joined,
@@ -165,16 +175,91 @@ def read_references(path: Path, notes: list[str]) -> Rows:
     return kept
 
 
+def load_references(args: argparse.Namespace) -> Rows:
+    """References from any data set that aic_data.py reads; pictures by their paths."""
+    splits, report = load(args.data, args.images, score_range=args.score_range, verbose=False)
+    if args.split not in splits:
+        raise ValueError(f"{args.data} has no split {args.split!r}, only {', '.join(splits)}:\n{report}")
+    print(report)
+    args.score_range = None  # they are on the scale 1 to 10 by now
+    return [
+        {
+            "image_id": photograph_id(row["image_id"]),
+            "file_name": row["image"]["path"],
+            "captions": row["captions"],
+            "aspect": row["topic"],
+            "score_mean": row["score_mean"],
+        }
+        for row in splits[args.split].cast_column("image", datasets.Image(decode=False))
+    ]
+
+
+def given_score(row: dict[str, Any]) -> Any:
+    return next((row[name] for name in SCORES if row.get(name) is not None), None)
+
+
+def rescale(references: Rows, score_range: list[float] | None, notes: list[str]):
+    """
+    Brings single scores of the references to the scale 1 to 10.
+
+    Raises:
+        ValueError: if nobody says the scale and they are not from 1 to 10.
+    """
+    single = {
+        i: as_score(given_score(row)) for i, row in enumerate(references) if not isinstance(given_score(row), list)
+    }
+    single = {i: value for i, value in single.items() if not np.isnan(value)}
+    if score_range is None:
+        if reason := misfit([(value, references[i]["image_id"]) for i, value in single.items()]):
+            raise ValueError(f"The references have {reason}")
+        return
+    worst, best = score_range
+    outside = [i for i, value in single.items() if not worst <= value <= best]
+    for i, value in single.items():
+        references[i] |= dict.fromkeys(SCORES)
+        references[i]["rating"] = None if i in outside else 1 + 9 * (value - worst) / (best - worst)
+    notes += as_notes({f"reference scores outside {worst:g} to {best:g} left out": len(outside)})
+
+
 def as_notes(counts: dict[str, int]) -> list[str]:
     return [f"{what}: {count}" for what, count in counts.items() if count]
 
 
+def same_photographs(rows: Rows, references: Rows, path: Path):
+    """
+    Gives rows the ids of the references that they mean: equal ones, or one that begins in a folder above or below.
+
+    Raises:
+        ValueError: if a shorter path may mean several photographs.
+    """
+    known, ends = {row["image_id"] for row in references}, defaultdict(set)
+    for name in known:
+        parts = name.split("/")
+        for start in range(1, len(parts)):
+            ends["/".join(parts[start:])].add(name)
+    for row in rows:
+        name, parts = row["image_id"], row["image_id"].strip("/").split("/")
+        longer = ["/".join(parts[start:]) for start in range(1, len(parts))]
+        if name in known:
+            continue
+        if len(ends.get(name, ())) > 1:
+            raise ValueError(
+                f"{path}: {name} may be {' or '.join(sorted(ends[name])[:2])}: write the path below the references' folder."
+            )
+        row["image_id"] = next((one for one in (*ends.get(name, ()), *longer) if one in known), name)
+
+
 def read_captions(path: Path, references: Rows, partial: bool, notes: list[str]) -> list[dict[str, Any] | None]:
-    """The caption of each reference row; None where there is none, which only `partial` allows."""
+    """What a system says of each reference row; None where that is nothing, which only `partial` allows."""
     rows, repeated = {}, 0
-    for row in read_lines(path):
+    given = read_lines(path, notes)
+    same_photographs(given, references, path)
+    writes = any(isinstance(row.get("caption"), str) for row in given)
+    for row in given:
         if not isinstance(row.get("caption"), str):
-            raise ValueError(f"{path}: {row['image_id']} has no `caption`.")
+            if writes or row.get("score") is None:
+                raise ValueError(f"{path}: {row['image_id']} has no `caption`.")
+            row["caption"] = None
         key = row["image_id"], row.get("aspect")
         repeated += key in rows
         rows.setdefault(key, row)
@@ -190,7 +275,10 @@ def read_captions(path: Path, references: Rows, partial: bool, notes: list[str])
         "captions without references not measured": len(rows.keys() - set(keys) - {(name, None) for name, _ in keys}),
         "captions of a photograph measured by the references of a topic": sum(key not in rows for key, _ in there),
         "captions repeated (the first counts)": repeated,
-        "captions empty (they count)": sum(not row["caption"].strip() for _, row in there),
+        "captions empty (they count)": sum(
+            row["caption"] is not None and not row["caption"].strip() for _, row in there
+        ),
+        "photographs with a score alone": sum(row["caption"] is None for _, row in there),
     }
     notes += [f"{path.name}: {note}" for note in as_notes(counts)]
     return found
@@ -213,7 +301,8 @@ def as_score(value: Any) -> float:
 
 def make_captions(model: str, references: Rows, args: argparse.Namespace) -> Path:
     """Captions the photographs of the references and writes a file of captions; an ASE model gives score and map too."""
-    photos = [(args.images or args.references.parent) / row["file_name"] for row in references]
+    folder = args.images or (args.references.parent if args.references else Path())
+    photos = [folder / row["file_name"] for row in references]
     absent = [path for path in photos if not path.is_file()]
     if absent:
         raise ValueError(f"{len(absent)} of {len(photos)} photographs are missing, e.g. {absent[0]}: --images?")
@@ -262,7 +351,10 @@ def evaluate(references: Rows, captions: Rows, args: argparse.Namespace, missing
     """All figures of one system; `captions` are those of the references' rows."""
     report = Report()
     photos = np.unique([row["image_id"] for row in references], return_inverse=True)[1]
-    evaluate_texts(references, captions, photos, args, missing, report)
+    texts = [i for i, row in enumerate(references) if row["captions"] and captions[i]["caption"] is not None]
+    if texts:
+        pairs = [references[i] for i in texts], [captions[i] for i in texts]
+        evaluate_texts(*pairs, photos[texts], args, missing, report)
     firsts = np.unique(photos, return_index=True)[1]  # scores and maps belong to a photograph, not to a topic
     references, captions = [references[i] for i in firsts], [captions[i] for i in firsts]
     evaluate_scores(references, captions, args.seed, report)
@@ -297,7 +389,7 @@ def evaluate_texts(references: Rows, captions: Rows, photos, args, missing: dict
 
 
 def evaluate_scores(references: Rows, captions: Rows, seed: int, report: Report):
-    given = [next((row[name] for name in SCORES if row.get(name) is not None), None) for row in references]
+    given = [given_score(row) for row in references]
     said = [row.get("score") for row in captions]
     pairs = np.array([(as_score(one), as_score(other)) for one, other in zip(said, given)])
     for name, raw, values in (("scores", said, pairs[:, 0]), ("reference scores", given, pairs[:, 1])):
@@ -344,12 +436,12 @@ def evaluate_saliency(references: Rows, captions: Rows, seed: int, report: Repor
 # Report --------------------------------------------------------------------------------------------------------------
 
 
-def make_table(reports: dict[str, Report], resamples: int, seed: int) -> Rows:
-    """One row for each figure: of every system, with a wrong photograph, the baseline, and two systems' difference."""
+def make_table(reports: dict[str, Report], against: str | None, resamples: int, seed: int) -> Rows:
+    """One row for each figure: of every system, with a wrong photograph, the baseline, and differences to one system."""
     rows, baselines = [], dict(item for report in reports.values() for item in report.baselines.items())
     for key in dict.fromkeys(key for report in reports.values() for key in report.own):
         row = {"measure": key[0], "protocol": key[1], "baseline": baselines.get(key), "systems": {}}
-        compared = []
+        compared: dict[str, Measure] = {}
         for name, report in reports.items():
             cell = row["systems"][name] = {}
             for prefix, measures in (("", report.own), ("wrong_photo_", report.wrong)):
@@ -361,9 +453,13 @@ def make_table(reports: dict[str, Report], resamples: int, seed: int) -> Rows:
                     cell[f"{prefix}value"] = float(measure.value(measure.rows))
                     cell[f"{prefix}interval"] = interval(measure, resamples, seed)
                     cell[f"{prefix}photographs"] = len(measure.rows)
-                    compared += [measure] if measures is report.own else []
-        if len(compared) == 2:
-            row["comparison"] = compare(*compared, resamples, seed)
+                    if measures is report.own:
+                        compared[name] = measure
+        if against in compared:
+            others = {name: measure for name, measure in compared.items() if name != against}
+            row["comparisons"] = {
+                name: compare(compared[against], measure, resamples, seed) for name, measure in others.items()
+            }
         rows.append(row)
     return rows
 
@@ -378,7 +474,8 @@ def as_markdown(table: Rows, facts: dict[str, Any]) -> str:
     """The table, and below it what its words mean."""
     systems = facts["systems"]
     heads = ["measure", "protocol", *(head for name in systems for head in (name, f"{name}, wrong photo")), "baseline"]
-    heads += ["{1} less {0}".format(*systems), "p"] if len(systems) == 2 else []
+    others = [name for name in systems if facts["against"] not in (None, name)]
+    heads += [head for name in others for head in (f"{name} less {facts['against']}", "p")]
     lines = ["| " + " | ".join(heads) + " |", "|---|---|" + "---:|" * (len(heads) - 2)]
     for row in table:
         cells = [row["measure"], row["protocol"]]
@@ -386,8 +483,8 @@ def as_markdown(table: Rows, facts: dict[str, Any]) -> str:
             cells.append(show(cell.get("value"), cell.get("interval")))
             cells.append(show(cell.get("wrong_photo_value"), cell.get("wrong_photo_interval")))
         cells.append(show(row["baseline"]))
-        if len(systems) == 2:
-            difference = row.get("comparison", {})
+        for name in others:
+            difference = row.get("comparisons", {}).get(name, {})
             cells += [show(difference.get("difference"), difference.get("interval")), show(difference.get("p"))]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", *(f"- **{name}** not computed: {reason}." for name, reason in facts["not_computed"].items())]
@@ -409,14 +506,15 @@ def describe(reports: dict[str, Report], table: Rows, references: Rows, args, mi
         "wrong photo: captions, scores and maps measured by the references of another photograph (same topic), seed "
         f"{args.seed}: what remains was not seen in the photograph",
     ]
-    if len(reports) == 2:
-        compared = sum("comparison" in row for row in table)
+    if args.against is not None:
+        compared = sum(len(row.get("comparisons", ())) for row in table)
         test = (
             f"p: two-sided paired permutation test, {args.resamples} rounds, not corrected for {compared} comparisons"
         )
         statistics.append(f"differences: paired bootstrap over the photographs that both systems have; {test}")
     return {
         "systems": list(reports),
+        "against": args.against,
         "not_computed": missing,
         "protocols": {name: meaning for name, meaning in (PROTOCOLS | OTHER_PROTOCOLS).items() if name in used},
         "notes": args.notes + [f"{name}: {note}" for name, report in reports.items() for note in report.notes],
@@ -474,8 +572,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=description, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("systems", nargs="+", help="one or two: captions (.jsonl) or a model that captions now")
-    parser.add_argument("--references", type=Path, required=True)
+    parser.add_argument("systems", nargs="+", help="captions (.jsonl), or models that caption now")
+    parser.add_argument("--references", type=Path)
+    parser.add_argument("--data", help="in place of --references: a data set in one of the forms of aic_data.py")
+    parser.add_argument("--split", default="test", help="of --data (default: %(default)s)")
+    parser.add_argument("--score-range", nargs=2, type=float, metavar=("WORST", "BEST"), help="of the references")
+    parser.add_argument("--against", help="the system to which the others' differences are measured")
     parser.add_argument("--names", nargs="+", help="of the systems in the table")
     parser.add_argument("--out", type=Path, default=Path("evaluation"), help="where results go (default: %(default)s)")
     parser.add_argument(
@@ -493,8 +595,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with a checkpoint")
     args = parser.parse_args(argv)
     args.names = args.names or [Path(system).stem if system.endswith(".jsonl") else system for system in args.systems]
-    if len(args.systems) > 2 or len(set(args.names)) != len(args.systems):
-        parser.error("give one or two systems, and to each a name of its own (--names)")
+    if len(args.names) != len(args.systems) or len(set(args.names)) != len(args.systems):
+        parser.error("give to each system a name of its own (--names)")
+    if args.against is None and len(args.names) == 2:
+        args.against = args.names[0]
+    if args.against not in (None, *args.names):
+        parser.error(f"--against {args.against} is none of the systems, which are {', '.join(args.names)}")
+    if (args.references is None) == (args.data is None):
+        parser.error("give either --references or --data")
+    if args.score_range and not args.score_range[0] < args.score_range[1]:
+        parser.error(f"--score-range is the worst and the best, got {args.score_range}")
     if args.resamples < 1:
         parser.error(f"--resamples is {args.resamples}, it must be above 0")
     return args
@@ -511,7 +621,8 @@ def main(argv: list[str] | None = None) -> int:
     # Data
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        references = read_references(args.references, args.notes)
+        references = load_references(args) if args.data else read_references(args.references, args.notes)
+        rescale(references, args.score_range, args.notes)
         files = [Path(one) if one.endswith(".jsonl") else make_captions(one, references, args) for one in args.systems]
         captions = [read_captions(file, references, args.partial, args.notes) for file in files]
     except (OSError, ValueError) as error:
@@ -522,7 +633,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # Run
     reports = {name: evaluate(references, rows, args, missing) for name, rows in zip(args.names, captions)}
-    table = make_table(reports, args.resamples, args.seed)
+    table = make_table(reports, args.against, args.resamples, args.seed)
     facts = describe(reports, table, references, args, missing)
     text = as_markdown(table, facts)
     print(text)
