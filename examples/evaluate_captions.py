@@ -502,7 +502,7 @@ def describe(reports: dict[str, Report], table: Rows, references: Rows, args, mi
         f"{photos} photographs, {len(references)} captions a system, {texts} references; CIDEr weighs words by their "
         "rarity in these references, so compare it on the same photographs only",
         f"text: {TOKENIZERS[args.tokenizer]}; pycocoevalcap",
-        f"in brackets: 95 % intervals from {args.resamples} bootstrap samples of photographs",
+        f"in brackets: 95 % intervals (BCa) from {args.resamples} bootstrap samples of photographs",
         "wrong photo: captions, scores and maps measured by the references of another photograph (same topic), seed "
         f"{args.seed}: what remains was not seen in the photograph",
     ]

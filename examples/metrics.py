@@ -25,6 +25,7 @@ from scipy.ndimage import gaussian_filter
 
 
 MAP_SIDE = 64  # of the centre bias, and of maps that a model is asked for
+LARGEST_BCA = 1000  # photographs
 BATCH = 100  # resamples at a time, for the sake of memory
 EPSILON = np.finfo(float).eps
 
@@ -372,15 +373,26 @@ def wrong_photos(topics: list[str | None], seed: int) -> np.ndarray:
 
 
 def bootstrap(number: int, statistic: Callable[[np.ndarray], np.ndarray], resamples: int, seed: int) -> list[float]:
-    """95 % percentile interval of a statistic of photographs, drawn with replacement as positions (..., number)."""
+    """
+    95 % interval of a statistic of photographs, drawn with replacement as positions (..., number).
+
+    BCa (Efron, 1987), because percentiles of few skewed figures hold the truth too rarely (of 20 exponential ones in 89 %
+    of cases, BCa in 91 %); percentiles where that cannot be computed (all figures equal, a sample without one, fewer than
+    five photographs), and of so many photographs that both are the same.
+    """
     if number < 2:
         return [float("nan")] * 2
-    options = {"n_resamples": resamples, "batch": BATCH, "vectorized": True, "method": "percentile", "rng": seed}
-    with warnings.catch_warnings():  # a sample of equal scores has no correlation; such samples are left out
+    method = "BCa" if 5 <= number <= LARGEST_BCA else "percentile"
+    options = {"n_resamples": resamples, "batch": BATCH, "vectorized": True, "method": method, "rng": seed}
+    with warnings.catch_warnings(), np.errstate(invalid="ignore", divide="ignore"):
+        # a sample of equal scores has no correlation; such samples are left out
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)
         found = stats.bootstrap((np.arange(number),), lambda drawn, axis: statistic(drawn), **options)
+    ends = [float(end) for end in found.confidence_interval]
     values = found.bootstrap_distribution[~np.isnan(found.bootstrap_distribution)]
-    return np.percentile(values, [2.5, 97.5]).tolist() if len(values) else [float("nan")] * 2
+    if np.isnan(ends).any():
+        ends = np.percentile(values, [2.5, 97.5]).tolist() if len(values) else [float("nan")] * 2
+    return ends
 
 
 def interval(measure: Measure, resamples: int, seed: int) -> list[float]:

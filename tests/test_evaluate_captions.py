@@ -316,6 +316,15 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
     assert (ends[:, 1] - ends[:, 0]).mean() == pytest.approx(expected, rel=0.08)
 
 
+def test_intervals_of_few_figures_are_bca_and_of_many_percentiles(monkeypatch):
+    values = np.random.default_rng(1).exponential(1, 20) ** 1.5
+    options = {"n_resamples": 200, "vectorized": True, "rng": 0, "batch": metrics.BATCH}
+    for method, largest in (("BCa", metrics.LARGEST_BCA), ("percentile", 19)):
+        monkeypatch.setattr(metrics, "LARGEST_BCA", largest)
+        expected = stats.bootstrap((values,), np.mean, method=method, **options).confidence_interval
+        assert interval(measure(values)) == pytest.approx(list(expected))
+
+
 def test_captions_of_one_photograph_are_not_independent():
     values = np.random.default_rng(0).normal(size=30)
     once = interval(measure(values))
