@@ -16,7 +16,7 @@ caption: .venv/examples.ready
 	$(BIN)/python examples/caption_photos.py "$(PHOTOS)" --out "$(OUT)"
 
 test: .venv/test.ready
-	$(BIN)/python -m pytest --quiet
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadfile
 
 test-oldest: .venv/test.ready
 	$(BIN)/python tests/versions.py --oldest
