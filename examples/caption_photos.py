@@ -54,6 +54,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from common import critique
 from gallery import export
+from photo_features import perceptual_hash, pooled_features
 from photo_files import READER, SUFFIXES, Failure, Found, Judged, Photo, find_photos, read_photo
 from photo_library import Library, LibraryError, as_key, written_beside
 from PIL import Image
@@ -146,6 +147,16 @@ def critique_all(model: Any, processor: Any, photos: list[Photo], max_new_tokens
     return [answer for part in parts for answer in critique_all(model, processor, part, max_new_tokens)]
 
 
+def features_of(model: Any, processor: Any, photo: Photo) -> dict[str, Any]:
+    """What likeness is known by. A photograph that the model's encoder cannot do has its perceptual hash alone."""
+    small = reduced(photo.image, THUMB_SIDE)
+    try:
+        embedding = pooled_features(model, processor, small)
+    except (RuntimeError, ValueError):  # out of memory, or a base without image features
+        embedding = None
+    return {"sha256": photo.stamp.sha256, "embedding": embedding, "phash": perceptual_hash(small)}
+
+
 # Results -------------------------------------------------------------------------------------------------------------
 
 
@@ -207,7 +218,9 @@ def caption_all(library: Library, found: Found, files: list[Path], args: argpars
     """Captions what has no result yet; each batch is in the library before the next one begins."""
     outcome, model, exported = Outcome(), None, time.monotonic()
     pending = [file for file in files if not library.is_unchanged(file)]
-    judged = library.judged()
+    judged, captioned = library.judged(), library.without_features()
+    if captioned:
+        print(f"{len(captioned)} captions lack what search needs: it is added, the captions stay as they are.")
     with tqdm(total=len(pending), unit="photo", desc="Captioning", disable=not pending) as progress:
 
         def report(failures: list[Failure]):
@@ -224,11 +237,14 @@ def caption_all(library: Library, found: Found, files: list[Path], args: argpars
                 new = {photo.stamp.sha256: photo for photo in photos if photo.stamp.sha256 not in judged}
                 if new and model is None:
                     model, processor = start_model(args)
+                features = {sha256: features_of(model, processor, photo) for sha256, photo in new.items()}
+                new = {sha256: photo for sha256, photo in new.items() if sha256 not in captioned}
                 answers = critique_all(model, processor, list(new.values()), args.max_new_tokens) if new else []
                 results = [
                     keep(library, processor, photo, one) for photo, one in zip(new.values(), answers, strict=True)
                 ]
-                library.add(batch, results)
+                library.add(batch, results, features.values())
+                judged.update(sha256 for sha256 in features if sha256 in captioned)
                 judged.update(row["sha256"] for row in results if "error" not in row)
                 broken = {row["sha256"]: row["error"] for row in results if "error" in row}
                 report([item for item in batch if isinstance(item, Failure)])

@@ -2,7 +2,8 @@
 What was said about which photograph, in one SQLite file that survives whatever ends a run.
 
     file      where photographs lie: path, size, time of change, SHA-256 of the content; and why one could not be judged
-    result    what a run said about a content; a moved or renamed photograph keeps its results
+    result    what a run said about a content; a moved or renamed photograph keeps its results. Beside the words the
+              pooled features of the model's image encoder (embedding) and a perceptual hash (phash), to find what is alike
     run       what results depend on: weights, prompt, reader, settings of generation
     words     full-text search (FTS5) over the captions: SELECT rowid FROM words WHERE words MATCH 'soft light'
     made      every state of the exported files as this program left it, so that others' are known
@@ -24,67 +25,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from filelock import FileLock, Timeout
+from library_file import APPLICATION, NAME, NEWEST, SCHEMA, UPGRADES, VERSION, LibraryError, as_key, read_row
 from photo_files import RESULT_FOLDERS, Failure, Judged, Photo, hash_of
 
 
-NAME, LOCK = "library.sqlite", "library.lock"
+LOCK = "library.lock"
 EXPORTS = ("captions.jsonl", "failed.jsonl", "gallery.html", "gallery/index.js")
-APPLICATION, VERSION = 0x41534C42, 1  # marks of SQLite files: whose it is, and of which form
-
-SCHEMA = f"""
-BEGIN IMMEDIATE;
-CREATE TABLE run (
-    id INTEGER PRIMARY KEY, model TEXT NOT NULL, settings TEXT NOT NULL, began TEXT NOT NULL
-);
-CREATE TABLE file (
-    path PRIMARY KEY, -- text, or bytes where a file system allows what is no text
-    size INTEGER, mtime_ns INTEGER, sha256 TEXT, taken_at TEXT, error TEXT
-) WITHOUT ROWID;
-CREATE INDEX file_of_content ON file(sha256);
-CREATE TABLE result (
-    id INTEGER PRIMARY KEY, sha256 TEXT NOT NULL, run INTEGER NOT NULL REFERENCES run(id),
-    caption TEXT, score REAL, std REAL, aspects TEXT, width INTEGER, height INTEGER, note TEXT,
-    overlay TEXT, thumbnail TEXT, error TEXT,
-    UNIQUE (sha256, run)
-);
-CREATE VIRTUAL TABLE words USING fts5(caption, content='result', content_rowid='id');
-CREATE TRIGGER result_written AFTER INSERT ON result BEGIN
-    INSERT INTO words(rowid, caption) VALUES (new.id, new.caption);
-END;
-CREATE TRIGGER result_deleted AFTER DELETE ON result BEGIN
-    INSERT INTO words(words, rowid, caption) VALUES ('delete', old.id, old.caption);
-END;
-CREATE TABLE made (name TEXT, size INTEGER, mtime_ns INTEGER, PRIMARY KEY (name, size, mtime_ns)) WITHOUT ROWID;
-CREATE TABLE weights (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER, sha256 TEXT) WITHOUT ROWID;
-CREATE TABLE holder (id INTEGER PRIMARY KEY CHECK (id = 1), process INTEGER, host TEXT, began TEXT, command TEXT);
-PRAGMA application_id = {APPLICATION};
-PRAGMA user_version = {VERSION};
-COMMIT;
-"""
-# Of each file the newest result, those of the run that is asked for first
-NEWEST = """
-SELECT file.path, file.taken_at, run.model, result.* FROM file
-JOIN result ON result.id = (
-    SELECT id FROM result AS one WHERE one.sha256 = file.sha256 AND one.error IS NULL
-    ORDER BY one.run = :run DESC, one.id DESC LIMIT 1
-)
-JOIN run ON run.id = result.run
-WHERE file.error IS NULL ORDER BY file.path
-"""
-
-
-class LibraryError(Exception):
-    """The output folder cannot be used; says why and what to do."""
-
-
-def as_key(path: Path | str) -> str | bytes:
-    """A path as it is stored: absolute, and bytes where it is no valid text."""
-    absolute = os.path.abspath(path)
-    try:
-        absolute.encode()
-    except UnicodeEncodeError:
-        return os.fsencode(absolute)
-    return absolute
 
 
 @contextlib.contextmanager
@@ -185,6 +131,8 @@ class Library:
             self.database.executescript(SCHEMA)
         elif application != APPLICATION:
             raise LibraryError(f"{self.folder / NAME} is another program's. Choose another --out.")
+        elif version in UPGRADES:
+            self.database.executescript(UPGRADES[version])
         elif version != VERSION:
             raise LibraryError(
                 f"{self.folder / NAME} is of form {version}, this program knows {VERSION}. Choose another --out."
@@ -226,21 +174,28 @@ class Library:
         return digest.hexdigest()
 
     def is_unchanged(self, path: Path) -> bool:
-        """Whether this run has a result of the file as it is now, by its size and time of change."""
+        """Whether this run has all results of the file as it is now, by its size and time of change."""
         try:
             status = path.stat()
         except OSError:
             return False
         found = self.database.execute(
             "SELECT 1 FROM file JOIN result USING (sha256) WHERE path = ? AND size = ? AND mtime_ns = ? "
-            "AND run = ? AND file.error IS NULL AND result.error IS NULL",
+            "AND run = ? AND file.error IS NULL AND result.error IS NULL AND phash IS NOT NULL",
             (as_key(path), status.st_size, status.st_mtime_ns, self.run),
         )
         return found.fetchone() is not None
 
     def judged(self) -> set[str]:
-        """Hashes of the contents that this run has results of."""
-        rows = self.database.execute("SELECT sha256 FROM result WHERE run = ? AND error IS NULL", (self.run,))
+        """Hashes of the contents that this run has all results of."""
+        return self._contents("error IS NULL AND phash IS NOT NULL")
+
+    def without_features(self) -> set[str]:
+        """Hashes of the contents that this run has captions of and no features: of an earlier form of the library."""
+        return self._contents("error IS NULL AND phash IS NULL")
+
+    def _contents(self, condition: str) -> set[str]:
+        rows = self.database.execute(f"SELECT sha256 FROM result WHERE run = ? AND {condition}", (self.run,))
         return {row[0] for row in rows}
 
     # Writing ---------------------------------------------------------------------------------------------------------
@@ -256,8 +211,13 @@ class Library:
                 self.database.execute("ROLLBACK")
             raise
 
-    def add(self, files: list[Photo | Judged | Failure], results: list[dict[str, Any]] = ()):
-        """All that was found out about a batch, or nothing of it."""
+    def add(
+        self,
+        files: list[Photo | Judged | Failure],
+        results: Iterable[dict[str, Any]] = (),
+        features: Iterable[dict[str, Any]] = (),
+    ):
+        """All that was found out about a batch, or nothing of it; `features` are those of results that are there."""
         rows = []
         for file in files:
             if isinstance(file, Failure):
@@ -279,6 +239,11 @@ class Library:
                 self.database.execute(
                     f"INSERT INTO result({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})",
                     list(columns.values()),
+                )
+            for row in features:
+                self.database.execute(
+                    "UPDATE result SET embedding = :embedding, phash = :phash WHERE sha256 = :sha256 AND run = :run",
+                    {"run": self.run, **row},
                 )
 
     def forget_missing(self, arguments: list[Path], found: Iterable[Path]) -> int:
@@ -311,7 +276,7 @@ class Library:
     def results(self) -> Iterator[dict[str, Any]]:
         """Of each file that lies somewhere its newest result, one by one, by path."""
         for row in self.database.execute(NEWEST, {"run": self.run}):
-            yield {**row, "path": os.fsdecode(row["path"]), "aspects": json.loads(row["aspects"])}
+            yield read_row(row)
 
     def failures(self) -> Iterator[Failure]:
         """Files that could not be captioned, by reading or by the model, by path."""

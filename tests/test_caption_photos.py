@@ -223,6 +223,7 @@ class Critic:
         self.loads, self.log, self.act = 0, log, lambda number: None
         monkeypatch.setattr(caption_photos, "load_model", self.load)
         monkeypatch.setattr(caption_photos, "critique", self.critique)
+        monkeypatch.setattr(caption_photos, "pooled_features", lambda model, processor, image: b"12")
 
     def load(self, name: str, trust_remote_code: bool) -> tuple["Critic", "Critic"]:
         self.loads += 1
@@ -388,6 +389,25 @@ def test_a_full_disk_leaves_what_was_written_whole(when, again, critic, monkeypa
     assert again()[0] == 0
     assert len(lines(tmp_path / "out" / "captions.jsonl")) == 10
     assert not list((tmp_path / "out").rglob("*.part"))
+
+
+def test_captions_of_an_earlier_form_get_features_and_stay(again, critic, album, tmp_path):
+    again("--limit", 4)
+    out = tmp_path / "out"
+    with contextlib.closing(sqlite3.connect(out / "library.sqlite")) as database:
+        columns = "ALTER TABLE result DROP COLUMN embedding; ALTER TABLE result DROP COLUMN phash;"
+        database.executescript(f"{columns} PRAGMA user_version = 1")
+    assert again("--limit", 5)[0] == 0
+    assert len(critic.seen()) == len(set(critic.seen())) == 5
+    question = "SELECT count(*), count(DISTINCT phash), count(embedding), count(caption) FROM result"
+    assert query(out, question) == [(5, 1, 5, 5)]
+    assert again("--limit", 5)[0] == 0 and critic.loads == 2
+
+
+def test_features_of_a_tiny_model(captioned):
+    rows = query(captioned.out, "SELECT phash, length(embedding) FROM result ORDER BY id")
+    assert len(rows) == len(GOOD) and {length for _, length in rows} == {2 * 32}
+    assert all(len(phash) == 16 for phash, _ in rows)
 
 
 def test_what_the_model_cannot_do_costs_that_photograph_alone(again, critic, monkeypatch, tmp_path):

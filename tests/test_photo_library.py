@@ -7,6 +7,7 @@ from pathlib import Path
 
 import photo_library
 import pytest
+from library_file import NEWEST, reading
 from photo_files import Failure, Judged, Photo, Stamp
 from photo_library import Library, LibraryError, written_beside
 from PIL import Image
@@ -20,7 +21,14 @@ def photo(path: Path, content: str = "one") -> Photo:
 
 
 def result(content: str = "one", caption: str = "The light's \"soft\", isn't it?", **more) -> dict:
-    row = {"sha256": content, "caption": caption, "score": 6.5, "std": 1.5, "aspects": '{"blurred": 0.75}'}
+    row = {
+        "sha256": content,
+        "caption": caption,
+        "score": 6.5,
+        "std": 1.5,
+        "aspects": '{"blurred": 0.75}',
+        "phash": "0" * 16,
+    }
     return {**row, "width": 20, "height": 20, "overlay": "o.jpg", "thumbnail": "t.jpg", **more}
 
 
@@ -172,8 +180,47 @@ def test_another_program_s_file_is_refused(out):
 def test_a_newer_library_is_refused(out):
     with Library(out, "") as library:
         library.database.execute("PRAGMA user_version = 99")
-    with pytest.raises(LibraryError, match="of form 99, this program knows 1"):
+    with pytest.raises(LibraryError, match="of form 99, this program knows 2"):
         Library(out, "")
+
+
+def test_a_library_of_the_first_form_keeps_its_captions(out, tmp_path):
+    with Library(out, "") as library:
+        library.begin_run("a", {})
+        library.add([photo(tmp_path / "x.jpg")], [result(phash=None)])
+        library.database.executescript(
+            "ALTER TABLE result DROP COLUMN embedding; ALTER TABLE result DROP COLUMN phash; PRAGMA user_version = 1"
+        )
+    with pytest.raises(LibraryError, match=r"of form 1, .* caption_photos.py into it once more"), reading(out):
+        pass
+    with Library(out, "") as library:
+        library.begin_run("a", {})
+        assert library.without_features() == {"one"} and library.judged() == set()
+        assert not library.is_unchanged(tmp_path / "x.jpg")
+        library.add([], features=[{"sha256": "one", "embedding": b"12", "phash": "f" * 16}])
+        assert library.without_features() == set() and library.judged() == {"one"}
+        row = next(library.results())
+        assert row["caption"] == result()["caption"] and (row["embedding"], row["phash"]) == (b"12", "f" * 16)
+    assert found(out, "light") == 1
+
+
+def test_others_read_while_a_run_is_at_work(out, tmp_path):
+    with Library(out, "") as library:
+        library.begin_run("a", {})
+        library.add([photo(tmp_path / "x.jpg")], [result()])
+        for place in (out, out / "library.sqlite"):
+            with reading(place) as database:
+                assert [row["score"] for row in database.execute(NEWEST, {"run": 0})] == [6.5]
+                with pytest.raises(sqlite3.OperationalError, match="readonly"):
+                    database.execute("DELETE FROM result")
+
+
+@pytest.mark.parametrize("content", [None, "no database at all", ""])
+def test_what_is_no_library_is_named(content, tmp_path):
+    if content is not None:
+        (tmp_path / "library.sqlite").write_text(content)
+    with pytest.raises(LibraryError, match=r"library\.sqlite"), reading(tmp_path):
+        pass
 
 
 def test_what_somebody_else_changed_is_moved_aside(out):
