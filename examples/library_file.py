@@ -58,9 +58,13 @@ PRAGMA user_version = 2;
 COMMIT;
 """
 }
-# Of each file the newest result, those of the run that is asked for first
+CERTAIN = 0.5  # a photograph has a fault from this probability on
+
+# Of each file the newest result, those of the run that is asked for first. Embeddings are large, and asked for by id
 NEWEST = """
-SELECT file.path, file.taken_at, run.model, result.* FROM file
+SELECT file.path, file.taken_at, run.model, result.id, result.sha256, result.run, caption, score, std, aspects, width,
+    height, note, overlay, thumbnail, phash
+FROM file
 JOIN result ON result.id = (
     SELECT id FROM result AS one WHERE one.sha256 = file.sha256 AND one.error IS NULL
     ORDER BY one.run = :run DESC, one.id DESC LIMIT 1
