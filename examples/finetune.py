@@ -135,6 +135,9 @@ def parse_arguments() -> tuple[ScriptArguments, TrainingArguments]:
         # NOTE: images, scores and maps may be missing from a process's batch, and frozen parts get no gradient
         ddp_find_unused_parameters=True,
     )
+    given, _ = parser.parse_known_args()
+    if given.eval_strategy == "no":  # then there is no best
+        parser.set_defaults(load_best_model_at_end=False)
     return parser.parse_args_into_dataclasses()
 
 
@@ -442,9 +445,10 @@ def main():
             photographs = photographs.shuffle(training_args.seed).select(range(args.eval_photographs))
 
     # Run
+    evaluates = training_args.eval_strategy != "no"
     shared = {
         "processing_class": processor,
-        "callbacks": [EarlyStoppingCallback(args.patience)] if args.patience else None,
+        "callbacks": [EarlyStoppingCallback(args.patience)] if args.patience and evaluates else None,
     }
     make_collator = ASEDataCollator
     if args.graft == "none":

@@ -605,6 +605,11 @@ def test_a_run_does_not_go_on_with_other_data(checkpoint, photographs, tmp_path,
     assert "Goes on from" in capsys.readouterr().out
 
 
+def test_a_run_without_evaluations(checkpoint, photographs, tmp_path):
+    out = run(checkpoint, photographs, tmp_path / "out", max_steps=2, stage="added", eval_strategy="no", save_steps=1)
+    assert not history(out, "eval_loss") and (out / "model.safetensors").exists()
+
+
 def test_a_caption_of_three_thousand_words_is_cut_by_default(checkpoint, tmp_path, monkeypatch):
     rows = [{"file_name": f"{i}.png", "caption": "good " * (3000 if i == 0 else 3)} for i in range(4)]
     write_photographs(tmp_path / "data", rows)
