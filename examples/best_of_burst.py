@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 from burst_frames import Look, look_at, same_size, sharpness_of, why_whole
-from library_file import NEWEST, LibraryError, read_row, reading
+from library_file import NEWEST, LibraryError, printing, read_row, reading
 from photo_files import RAW_SUFFIXES
 
 
@@ -287,9 +287,10 @@ def main(argv: list[str] | None = None) -> int:
         with reading(args.library) as database:
             found = find_groups(read_frames(database), args.window)
         problems = [problem for group in found.groups for problem in judge(group)]
-        report(found, args.json)
         if args.list is not None:
             problems += write_list(args.list, found)
+        with printing():
+            report(found, args.json)
     except (LibraryError, OSError) as error:
         print(f"Cannot be done: {error}", file=sys.stderr)
         return 2

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import sqlite3
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -126,3 +127,13 @@ def remedy(version: int) -> str:
     if version in UPGRADES:
         return "Run caption_photos.py into it once more: its captions stay, what they lack is added."
     return "Take a newer version of this program."
+
+
+@contextlib.contextmanager
+def printing() -> Iterator[None]:
+    """What prints in this context ends without a word when nobody reads any further, as of `| head`."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end

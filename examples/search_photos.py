@@ -21,7 +21,6 @@ Exit status: 0 something was found, 1 nothing was, 2 it could not be searched.
 import argparse
 import hashlib
 import json
-import os
 import re
 import sqlite3
 import sys
@@ -29,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from library_file import CERTAIN, NEWEST, LibraryError, as_key, read_row, reading
+from library_file import CERTAIN, NEWEST, LibraryError, as_key, printing, read_row, reading
 
 
 # Words ---------------------------------------------------------------------------------------------------------------
@@ -212,14 +211,11 @@ def main(argv: list[str] | None = None) -> int:
     if not found:
         print("Nothing was found.", file=sys.stderr)
         return 1
-    try:
+    with printing():
         for row in found:
             print(json.dumps(record_of(row)) if args.json else row["path"])
             if not args.json and not args.paths:
                 print(line_of(row))
-        sys.stdout.flush()
-    except BrokenPipeError:  # `| head`: who reads has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -211,6 +211,15 @@ def test_lines(library, photos, capsys):
     assert record["aspects"]["underexposed"] == 0.9 and "likeness" not in record
 
 
+def test_a_reader_that_has_enough(library):
+    command = [sys.executable, "search_photos.py", str(library), "--paths"]
+    pipe_in, pipe_out = os.pipe()
+    os.close(pipe_in)
+    done = subprocess.run(command, stdout=pipe_out, stderr=subprocess.PIPE, cwd=Path(search_photos.__file__).parent)
+    os.close(pipe_out)
+    assert done.returncode == 0 and done.stderr == b""
+
+
 def test_a_library_that_is_not_there(tmp_path, capsys):
     assert search_photos.main([str(tmp_path / "none"), "light"]) == 2
     assert "caption_photos.py PHOTOS --out" in capsys.readouterr().err
