@@ -23,7 +23,7 @@ def encode(linear: np.ndarray) -> np.ndarray:
 
 
 def expose(image: Image.Image, stops: float) -> Image.Image:
-    """As much more light, in EV; less if negative. What is white already stays white."""
+    """As much more light, in EV; less if negative. What was clipped has no detail to come back: it turns grey."""
     return with_tones(image, *[encode(LINEAR * 2**stops)] * 3)
 
 
