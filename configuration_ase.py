@@ -78,6 +78,11 @@ class IASMConfig(_SavedWithCode):
             Transformer layers in which the queries read what map and photometry say.
         num_aspects, aspect_names:
             Size and names of the multi-label aspect head; 0 leaves it out.
+        verdict_token:
+            Adds a saliency token of what the aspect head decided, each aspect yes or no, so that the text can say what the
+            labels say: near the threshold it could not tell from the other tokens. Needs aspects.
+        fine_statistics:
+            Also measures light falloff and the directions of edges finely, for vignettes and tilts.
         score_loss_weight, saliency_loss_weight, aspect_loss_weight:
             Weights of the squared earth mover's distance of the scores, of KL - CC of the map, and of the binary
             cross-entropy of the aspects. Each term only counts where its targets are given.
@@ -108,6 +113,8 @@ class IASMConfig(_SavedWithCode):
     num_attention_heads: int = interval(min=1)(default=4)
     num_aspects: int = interval(min=0)(default=0)
     aspect_names: list[str] | tuple[str, ...] | None = None
+    verdict_token: bool = False
+    fine_statistics: bool = False
     score_loss_weight: float | int = interval(min=0, exclude_max=True)(default=1.0)
     saliency_loss_weight: float | int = interval(min=0, exclude_max=True)(default=1.0)
     aspect_loss_weight: float | int = interval(min=0, exclude_max=True)(default=1.0)
@@ -145,6 +152,8 @@ class IASMConfig(_SavedWithCode):
             raise ValueError(
                 f"`aspect_names` has {len(self.aspect_names)} names for `num_aspects={self.num_aspects}`."
             )
+        if self.verdict_token and not (self.num_aspects or self.aspect_names):
+            raise ValueError("`verdict_token` needs an aspect head: `num_aspects` is 0.")
 
 
 @strict

@@ -13,6 +13,7 @@ SALIENCY_STRIDE = 8  # pixels of the IASM's input per position of the maps
 NUM_MAPS = 10  # of `photometric_maps`
 NUM_CONTRASTS = 8 * NUM_MAPS  # of `contrast_maps`
 NUM_STATISTICS = 115  # of `photometric_statistics`
+NUM_FINE_STATISTICS = 122  # of `fine_statistics`
 NUM_SUBJECT_STATISTICS = 5 * NUM_MAPS  # of `subject_statistics`
 NUM_GEOMETRY = 24  # of `map_geometry`
 
@@ -148,6 +149,68 @@ def _edge_directions(luma: torch.Tensor) -> torch.Tensor:
     for order in (2, 4, 8, 12, 16, 20, 24, 28, 32, 36):
         moments += [(size * (order * angle).cos()).sum(1), (size * (order * angle).sin()).sum(1)]
     return torch.stack(moments, dim=1) / (size.sum(1, keepdim=True) + 1e-4) * 3
+
+
+def fine_statistics(pixels: torch.Tensor) -> torch.Tensor:
+    """
+    What small tilts and soft vignettes are seen by: RGB in 0..1 `(n, 3, h, w)` to `(n, 122)`.
+
+    In order: a histogram of the directions of straight edges in bins of two degrees, its weight, and how light falls
+    from the middle outwards in six rings.
+    """
+    luma, _ = _colour_planes(pixels)
+    return torch.cat([_straight_edges(luma), _radial_gradients(luma)], dim=1)
+
+
+def _straight_edges(luma: torch.Tensor) -> torch.Tensor:
+    """
+    Directions of edges that run straight through their cell, `(n, 1, h, w)` to `(n, 91)`.
+
+    The structure tensor of gradients of a low-passed picture, averaged over cells; a cell counts by its coherence, which
+    is 1 for one straight edge and 0 for texture (Bigun and Granlund, 1987).
+    """
+    smooth = F.avg_pool2d(F.avg_pool2d(luma, 3, 1), 3, 1)
+    dx = smooth[..., 1:-1, 2:] - smooth[..., 1:-1, :-2]
+    dy = smooth[..., 2:, 1:-1] - smooth[..., :-2, 1:-1]
+    products = torch.cat([dx.square(), dy.square(), dx * dy], dim=1)
+    xx, yy, xy = F.avg_pool2d(products, 8, 4, ceil_mode=True).flatten(2).unbind(1)
+    energy = xx + yy
+    coherence = ((xx - yy).square() + 4 * xy.square() + 1e-12).sqrt() / (energy + 1e-6)
+    angle = torch.atan2(2 * xy, xx - yy) * (90 / torch.pi)  # of the gradient, -90..90 degrees
+    centres = torch.arange(-89, 90, 2, device=luma.device, dtype=luma.dtype)
+    away = (angle.unsqueeze(-1) - centres).abs()
+    away = torch.minimum(away, 180 - away)
+    weight = energy.clamp(min=0).sqrt() * coherence.clamp(max=1) ** 4
+    counts = (weight.unsqueeze(-1) * (1 - away / 2).clamp(min=0)).sum(1)
+    total = weight.sum(1, keepdim=True)
+    return torch.cat(
+        [(counts / (total + 1e-3)).sqrt() * 4, (weight.mean(1, keepdim=True) + 1e-4).log() / 2 + 2], dim=1
+    )
+
+
+def _radial_gradients(luma: torch.Tensor) -> torch.Tensor:
+    """
+    How log light falls from the middle outwards, in six rings and the whole, `(n, 1, h, w)` to `(n, 31)`.
+
+    Of each ring the means of its slopes, squeezed at four scales, and of their size. A vignette moves most slopes of the
+    outer rings a little; a dark corner of the scene moves a few by much, which squeezing leaves out.
+    """
+    light = (F.avg_pool2d(luma, 4) + 0.02).log()
+    light = F.avg_pool2d(light, 3, 1)[:, 0]
+    dx, dy = light[:, 1:-1, 2:] - light[:, 1:-1, :-2], light[:, 2:, 1:-1] - light[:, :-2, 1:-1]
+    height, width = dx.shape[1:]
+    x, y = _positions(dx)
+    radius = (x.square() + y.square()).sqrt().clamp(min=1e-3)
+    # a half side of the picture as the unit of length, whatever its size
+    slope = ((dx * x * width + dy * y * height) / radius / 4).flatten(1)
+    edges = (0.0, 0.3, 0.45, 0.6, 0.72, 0.85, 1.01)
+    rings = torch.stack([(radius / 2**0.5 >= low) & (radius / 2**0.5 < high) for low, high in pairwise(edges)])
+    rings = rings.flatten(1)
+    rings = (rings | ~rings.any(1, keepdim=True)).float()  # a ring between few cells is as the whole
+    weights = (rings / rings.sum(1, keepdim=True)).T
+    squeezed = [(slope / scale).tanh() @ weights for scale in (0.05, 0.15, 0.5, 1.5)]
+    sizes = (slope / 0.5).tanh().abs() @ weights
+    return torch.cat([*squeezed, sizes, slope.mean(1, keepdim=True).clamp(-4, 4)], dim=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

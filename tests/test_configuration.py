@@ -34,6 +34,7 @@ from ase_mllm import ASEConfig, ASEForConditionalGeneration, IASMConfig
         ({"image_std": [float("inf")] * 3}, r"all finite.*inf"),
         ({"score_loss_weight": float("nan")}, "'score_loss_weight'[^']*greater or equal to 0, got nan"),
         ({"aspect_names": "light"}, "'aspect_names'"),
+        ({"verdict_token": True}, "`verdict_token` needs an aspect head: `num_aspects` is 0"),
     ],
 )
 def test_iasm_config_refuses_with_the_numbers(fields, message):
@@ -117,6 +118,46 @@ def test_aspects_add_a_head_and_names_give_their_number():
     assert tiny_iasm(aspect_names=None, num_aspects=5)(pixels).aspect_logits.shape == (2, 5)
     assert IASMConfig(aspect_names=["flat", "noisy"]).num_aspects == 2
     assert tiny_iasm(aspect_names=["flat", "noisy"])(pixels).aspect_logits.shape == (2, 2)
+
+
+def test_a_verdict_token_says_what_the_aspect_head_decided():
+    pixels = make_inputs()["pixel_values"]
+    iasm = tiny_iasm(verdict_token=True)
+    outputs = iasm(pixels)
+    assert outputs.saliency_tokens.shape[1] == iasm.config.num_queries + 1
+    expected = iasm.verdict(torch.where(outputs.aspect_logits > 0, 1.0, -1.0))
+    assert torch.equal(outputs.saliency_tokens[:, -1], expected)
+    with torch.no_grad():
+        iasm.aspect_head.bias += torch.where(outputs.aspect_logits[0] > 0, -20.0, 20.0)
+    turned_over = iasm(pixels)
+    assert torch.equal(turned_over.saliency_tokens[:, :-1], outputs.saliency_tokens[:, :-1])
+    assert not torch.allclose(turned_over.saliency_tokens[0, -1], outputs.saliency_tokens[0, -1])
+    assert tiny_iasm().verdict is None
+
+
+def test_a_model_trains_and_is_saved_with_a_verdict_token(tmp_path):
+    iasm = {**IASM, "verdict_token": True, "fine_statistics": True}
+    base, inputs = tiny_base(), make_inputs()
+    expected = base(**inputs).logits
+    model = ASEForConditionalGeneration.from_mllm_pretrained(base, iasm_config=iasm)
+    assert torch.equal(model(**inputs).logits, expected)
+    open_gates(model)
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert model.model.iasm.verdict.weight.grad.abs().sum() > 0
+    model.save_pretrained(tmp_path)
+    again = ASEForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(**inputs).logits, model.eval()(**inputs).logits)
+
+
+def test_fine_statistics_reach_the_tokens():
+    pixels = make_inputs()["pixel_values"]
+    iasm = tiny_iasm(fine_statistics=True)
+    width = tiny_iasm().statistics[0].in_features
+    assert iasm.statistics[0].in_features == width + 122
+    before = iasm(pixels).saliency_tokens
+    with torch.no_grad():
+        iasm.statistics[0].weight[:, width:] = 0
+    assert not torch.allclose(iasm(pixels).saliency_tokens, before)
 
 
 def test_initializer_range_is_the_spread_of_queries_and_token_types():

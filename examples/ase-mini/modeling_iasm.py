@@ -28,11 +28,13 @@ from transformers.utils.generic import maybe_autocast
 from .configuration_ase import ASEConfig, IASMConfig
 from .photometry import (
     NUM_CONTRASTS,
+    NUM_FINE_STATISTICS,
     NUM_GEOMETRY,
     NUM_MAPS,
     NUM_STATISTICS,
     NUM_SUBJECT_STATISTICS,
     contrast_maps,
+    fine_statistics,
     inside_and_around,
     map_geometry,
     photometric_maps,
@@ -52,7 +54,7 @@ class IASMOutput(ModelOutput):
 
     Args:
         loss: Weighted sum of the terms below whose targets were given.
-        saliency_tokens: `(n, num_queries, hidden_size)`, what the encoder's patches attend to.
+        saliency_tokens: `(n, num_queries, hidden_size)`, what the encoder's patches attend to; one more with a verdict.
         saliency_maps: `(n, h, w)`, probabilities over positions: each map sums to 1.
         saliency_map_sizes: `(n, 2)`, height and width of each map where they differ, else `None`; the maps are then
             padded with zeros on the right and below.
@@ -335,7 +337,8 @@ class ImageAestheticSaliencyModule(ASEPreTrainedModel):
         self.geometry = nn.Sequential(
             nn.Linear(NUM_GEOMETRY + NUM_SUBJECT_STATISTICS, size), nn.GELU(), nn.Linear(size, size)
         )
-        self.statistics = nn.Sequential(nn.Linear(NUM_STATISTICS, 2 * size), nn.GELU(), nn.Linear(2 * size, 2 * size))
+        num_statistics = NUM_STATISTICS + NUM_FINE_STATISTICS * config.fine_statistics
+        self.statistics = nn.Sequential(nn.Linear(num_statistics, 2 * size), nn.GELU(), nn.Linear(2 * size, 2 * size))
         self.queries = nn.Parameter(torch.empty(config.num_queries, size))
         self.positions = nn.Conv2d(5, size, 1)
         self.query_norm = nn.LayerNorm(size)
@@ -345,6 +348,7 @@ class ImageAestheticSaliencyModule(ASEPreTrainedModel):
         self.norm = nn.LayerNorm(size)
         self.score_head = nn.Linear(config.num_queries * size, 10)
         self.aspect_head = nn.Linear(config.num_queries * size, config.num_aspects) if config.num_aspects else None
+        self.verdict = nn.Linear(config.num_aspects, size) if config.verdict_token else None
         self.post_init()
 
     def to_rgb(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -421,6 +425,8 @@ class ImageAestheticSaliencyModule(ASEPreTrainedModel):
         with maybe_autocast(pixels.device.type, enabled=False):
             maps = photometric_maps(pixels)
             statistics = photometric_statistics(pixels, maps)
+            if self.config.fine_statistics:
+                statistics = torch.cat([statistics, fine_statistics(pixels)], dim=1)
         dtype = self.token_types.dtype
         feature_maps = self.read_features(pixels, encoder_states)
         saliency_maps = self.predict_map(feature_maps, maps)
@@ -428,11 +434,16 @@ class ImageAestheticSaliencyModule(ASEPreTrainedModel):
         tokens = self.make_saliency_tokens(
             features, self.make_summary_tokens(features, saliency_maps, maps, statistics)
         )
+        aspect_logits = self.aspect_head(tokens.flatten(1)) if self.aspect_head is not None else None
+        score_logits = self.score_head(tokens.flatten(1))
+        if self.verdict is not None:
+            decided = (aspect_logits > 0).to(dtype) * 2 - 1
+            tokens = torch.cat([tokens, self.verdict(decided).unsqueeze(1)], dim=1)
         return IASMOutput(
             saliency_tokens=tokens,
             saliency_maps=saliency_maps,
-            score_logits=self.score_head(tokens.flatten(1)),
-            aspect_logits=self.aspect_head(tokens.flatten(1)) if self.aspect_head is not None else None,
+            score_logits=score_logits,
+            aspect_logits=aspect_logits,
         )
 
     def encode_list(self, images: list[torch.Tensor], encoder_states: list[list[torch.Tensor]]) -> IASMOutput:
