@@ -10,7 +10,18 @@ import numpy as np
 import pytest
 from common import words
 from conftest import landscape
-from critique_captions import ASPECT_FAULTS, FAULTS, Truth, compose_caption, named_faults, plain_caption
+from critique_captions import (
+    ASPECT_FAULTS,
+    ASPECTS,
+    FAULTS,
+    STYLES,
+    Truth,
+    compose_caption,
+    compose_verdict,
+    named_aspects,
+    named_faults,
+    plain_caption,
+)
 from critique_data import make_sample
 from PIL import Image, ImageFilter
 
@@ -93,6 +104,45 @@ def test_a_plain_caption_says_what_is_labelled_in_one_form():
         assert named_faults(plain_caption([float(other == fault) for other in FAULTS])) == {fault}
     with pytest.raises(ValueError):
         plain_caption([1, 0])
+
+
+def test_a_verdict_names_exactly_the_aspects_that_are_there():
+    rng, vocabulary = np.random.default_rng(0), set()
+    for number in range(6000):
+        present = set(rng.choice(ASPECTS, int(rng.integers(0, 13)), replace=False).tolist())
+        strengths = {aspect: float(rng.uniform(0.5, 2.5)) for aspect in present if aspect in FAULTS}
+        text = compose_verdict(present, rng, strengths if number % 2 else None)
+        assert named_aspects(text) == present, text
+        assert named_faults(text) == present & set(FAULTS), text
+        assert not any(mark in text for mark in "[]{}"), text
+        if len(present) <= 8:
+            assert len(words(text)) <= 80, text
+        vocabulary.update(words(text))
+    assert len(vocabulary) < 500
+
+
+def test_a_verdict_speaks_of_degree_only_where_a_strength_is_known():
+    rng, degrees = np.random.default_rng(0), {"slightly", "somewhat", "badly", "heavily", "stop", "degrees"}
+    present = ("underexposed", "tilted")
+    plain = [compose_verdict(present, rng) for _ in range(40)]
+    assert degrees.isdisjoint(words(" ".join(plain).lower()))
+    for strength, word in ((1.0, "slightly"), (2.4, "badly")):
+        texts = [compose_verdict(present, rng, {"underexposed": strength, "tilted": 2.0}) for _ in range(40)]
+        assert word in " ".join(texts) and "about ten degrees" in " ".join(texts)
+
+
+def test_verdicts_read_like_a_critique():
+    rng = np.random.default_rng(3)
+    seen = ("bird", "stands_out_by_colour", "calm_background", "vignetting", "subject_centred")
+    texts = {compose_verdict(seen, rng) for _ in range(50)}
+    assert len(texts) > 30
+    assert all(text.startswith("The bird ") and 12 < len(words(text)) < 40 for text in texts)
+    assert all("subject" not in text for text in texts), "a subject of known kind has a name"
+    for style in STYLES:
+        assert named_aspects(compose_verdict({style}, rng)) == {style}
+    assert 4 <= len(words(compose_verdict((), rng))) <= 20
+    with pytest.raises(ValueError, match="'dog'"):
+        compose_verdict(["dog"], rng)
 
 
 def test_every_fault_occurs_on_both_sides(samples):

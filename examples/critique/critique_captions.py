@@ -1,11 +1,14 @@
-"""The words of a photograph critique: which faults there are, how a text names them, and how a caption is composed.
+"""The words of a photograph critique: what can be said of a picture, how a text names it, and how texts are composed.
 
-Pure text, no pictures: `compose_caption(truth, rng)` writes one of many phrasings of a known truth, and
-`named_faults(text)` reads a text back. For every composed caption `named_faults(caption) == set(truth.faults)`.
+Pure text, no pictures. `compose_verdict(present, rng)` writes one of many critiques that name exactly the aspects in
+`present`, and `named_aspects(text)` reads a text back: for every verdict `named_aspects(text) == set(present)`.
+`compose_caption(truth, rng)` does so for faults alone and tells more of what the photograph is like:
+`named_faults(caption) == set(truth.faults)`.
 """
 
 import json
 import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +28,19 @@ ASPECT_FAULTS: dict[str, tuple[str, ...]] = {
     "depth": ("background_blurred", "subject_blurred"),
 }
 FAULTS: tuple[str, ...] = tuple(fault for faults in ASPECT_FAULTS.values() for fault in faults)
+# What a photographer means: no faults, though each looks like one.
+STYLES: tuple[str, ...] = ("monochrome", "high_key", "low_key", "silhouette", "foggy")
+# What can be measured of a composition: `critique_qualities.py` defines each.
+QUALITIES: tuple[str, ...] = (
+    "stands_out_by_light", "stands_out_by_colour", "calm_background", "busy_background", "small_in_frame",
+    "fills_frame", "complementary_colours", "analogous_colours", "symmetric",
+)  # fmt: skip
+# Coarse kinds of subject; an object is a tool or any other thing that people make.
+KINDS: tuple[str, ...] = (
+    "bird", "animal", "insect", "fish", "flower", "plant", "food", "building", "landscape", "vehicle", "instrument",
+    "object", "person",
+)  # fmt: skip
+ASPECTS: tuple[str, ...] = FAULTS + STYLES + QUALITIES + KINDS
 
 # Fields: {adv} slightly..badly, {adj} faint..strong, {bit} a little..a lot, {some} a little..a lot of, {by} an amount
 # of stops or degrees, {size} "small " or "".
@@ -33,6 +49,9 @@ PHRASES = json.loads(Path(__file__).with_name("critique_phrases.json").read_text
 # The two depth faults come first and are cut out of the text, so that their "blurred" and "out of focus" are not
 # read as a fault of sharpness. The subject's phrase names the background as well, so it goes before the background's.
 _PATTERNS = {fault: re.compile(pattern) for fault, pattern in PHRASES["patterns"].items()}
+# What stands in [] is said only where the strength is known. {the}, {it}, {its} and {a} stand for the subject.
+VERDICTS = json.loads(Path(__file__).with_name("critique_verdicts.json").read_text(encoding="utf-8"))
+_OTHER_PATTERNS = {aspect: re.compile(pattern) for aspect, pattern in VERDICTS["patterns"].items()}
 
 
 def named_faults(text: str) -> set[str]:
@@ -44,6 +63,12 @@ def named_faults(text: str) -> set[str]:
             named.add(fault)
             text = pattern.sub(" . ", text) if fault in ASPECT_FAULTS["depth"] else text
     return named
+
+
+def named_aspects(text: str) -> set[str]:
+    """The members of ASPECTS that a text names, read by words alone, as `named_faults` does."""
+    plain = " ".join(text.lower().split())
+    return named_faults(text) | {aspect for aspect, pattern in _OTHER_PATTERNS.items() if pattern.search(plain)}
 
 
 @dataclass(frozen=True)
@@ -77,17 +102,17 @@ def _stops(exposure_value: float) -> str:
     return _STOPS[next((i for i, limit in enumerate(limits) if exposure_value < limit), -1)]
 
 
-def _fields(fault: str, strength: float, truth: Truth, rng: np.random.Generator) -> dict[str, str]:
-    """The words of degree that belong to a fault of this strength."""
+def _fields(fault: str, strength: float, rng: np.random.Generator) -> dict[str, str]:
+    """The words of degree that belong to a fault of this strength, a multiple of the least that counts."""
     level = 0 if strength < 1.35 else 1 if strength < 1.85 else 2
     adv = (("slightly", "somewhat"), ("clearly", "noticeably"), ("badly", "heavily"))[level]
     adj = (("slight", "faint", "mild"), ("clear", "distinct", "marked"), ("strong", "heavy", "severe"))[level]
     bit = (("a little", "a touch"), ("a good deal", "a fair bit"), ("a lot", "a great deal"))[level]
     some = (("a little", "a touch of"), ("some", "a fair amount of"), ("a lot of", "plenty of"))[level]
     degrees = f"about {_COUNTS[int(np.clip(round(5 * strength), 5, 14)) - 5]} degrees"
-    by, size = degrees if fault == "tilted" else _stops(strength), f"{truth.size} " if truth.size else ""
+    by = degrees if fault == "tilted" else _stops(strength)
     chosen = {name: _pick(words, rng) for name, words in (("adv", adv), ("adj", adj), ("bit", bit), ("some", some))}
-    return chosen | {"by": by, "size": size}
+    return chosen | {"by": by}
 
 
 def _pick(options: tuple[str, ...], rng: np.random.Generator) -> str:
@@ -95,7 +120,8 @@ def _pick(options: tuple[str, ...], rng: np.random.Generator) -> str:
 
 
 def _say(table: dict[str, tuple[str, ...]], fault: str, truth: Truth, rng: np.random.Generator) -> str:
-    return _pick(table[fault], rng).format(**_fields(fault, truth.faults[fault], truth, rng))
+    size = f"{truth.size} " if truth.size else ""
+    return _pick(table[fault], rng).format(**_fields(fault, truth.faults[fault], rng), size=size)
 
 
 def _cap(text: str) -> str:
@@ -246,3 +272,183 @@ def _without_degree(text: str) -> str:
 
 def _plain_list(parts: list[str]) -> str:
     return ", ".join(parts[:-1]) + " and " + parts[-1] if len(parts) > 1 else parts[0]
+
+
+# Verdicts ------------------------------------------------------------------------------------------------------------
+
+_SUBJECT_FAULTS = ("subject_blurred", "subject_near_edge", "busy_background")
+# Each of these is told in a sentence that names the subject.
+_TOLD_OF_SUBJECT = {*QUALITIES[:3], *QUALITIES[4:6], *_PLACEMENT, *ASPECT_FAULTS["depth"]}
+
+
+def compose_verdict(
+    present: Collection[str], rng: np.random.Generator, strengths: Mapping[str, float] | None = None
+) -> str:
+    """A critique that names exactly the aspects in `present`: what is good, what is wrong, and what would help.
+
+    `present` may be any members of ASPECTS, also such as exclude each other. `strengths` (of a fault, in multiples of
+    the least that counts as one) choose the words of degree; a fault without one is named without degree.
+    """
+    if unknown := set(present) - set(ASPECTS):
+        raise ValueError(f"no aspects: {sorted(unknown)}; they are {', '.join(ASPECTS)}.")
+    found = [aspect for aspect in ASPECTS if aspect in set(present)]
+    subject = _Subject.of(found)
+    good = _opening(found, subject, rng)
+    good += _placing(found, subject, rng) + _content(found, subject, bool(good), rng)
+    bad = _shortcomings(found, subject, strengths or {}, rng)
+    if bad and good:
+        bad[0] = _pick(VERDICTS["but"], rng) + bad[0]
+    if not bad:
+        good += [_pick(VERDICTS["modest"], rng)] * (not good)
+        good += [_pick(VERDICTS["sound"], rng)] * (len(good) < 2 or rng.random() < 0.5)
+    return " ".join(_sentence(text) for text in (*good, *bad))
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """How a text calls the subject: by its kind, if that is known. `others` are further kinds, `told` says that a
+    sentence of its own speaks of it."""
+
+    noun: str
+    others: tuple[str, ...]
+    told: bool
+
+    @classmethod
+    def of(cls, found: list[str]) -> "_Subject":
+        kinds = [kind for kind in KINDS if kind in found and kind != "landscape"]
+        told = not _TOLD_OF_SUBJECT.isdisjoint(found)
+        return cls(kinds[0] if kinds else "subject", tuple(kinds[1:]), told)
+
+    @property
+    def fields(self) -> dict[str, str]:
+        person = self.noun == "person"
+        return {"the": f"the {self.noun}", "it": "them" if person else "it", "its": "their" if person else "its"}
+
+    @property
+    def again(self) -> str:
+        """What it is called once it has been named."""
+        return "the person" if self.noun == "person" else "it"
+
+
+def _a(noun: str) -> str:
+    if noun in ("food", "fish"):
+        return {"food": "some food", "fish": "a fish"}[noun]
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+
+
+def _opening(found: list[str], subject: _Subject, rng: np.random.Generator) -> list[str]:
+    """What sort of picture it is, where it has a style: 'a quiet monochrome picture of a bird in related colours'."""
+    if set(STYLES).isdisjoint(found):
+        return []
+    manners = [word for word in VERDICTS["styles"] if word in found]
+    if len(manners) < 2:
+        text = _pick(VERDICTS["moods"][manners[0] if manners else "silhouette"], rng)
+    else:
+        text = _a(VERDICTS["styles"][manners[0]][0]).split()[0]
+    text += "".join(f" {_pick(VERDICTS['styles'][word], rng)}" for word in manners)
+    text += f" {'landscape' if 'landscape' in found else _pick(VERDICTS['pictures'], rng)}"
+    known = subject.noun != "subject"
+    if "silhouette" in found:
+        a = _a(subject.noun) if known and not subject.told else f"the {subject.noun}"
+        text += " " + _pick(VERDICTS["silhouettes"], rng).format(a=a)
+    elif known and not subject.told:
+        text += f" {'with' if 'landscape' in found else 'of'} {_a(subject.noun)}"
+    palette = _palette(found)
+    return [f"{text} {_pick(VERDICTS['built_on'][palette], rng)}" if palette else text]
+
+
+def _palette(found: list[str]) -> str:
+    colours = [aspect for aspect in ("complementary_colours", "analogous_colours") if aspect in found]
+    return "both" if len(colours) == 2 else "".join(colours)
+
+
+def _placing(found: list[str], subject: _Subject, rng: np.random.Generator) -> list[str]:
+    """How the subject stands in the frame, in one or two sentences."""
+    means = [word for word in ("light", "colour") if f"stands_out_by_{word}" in found]
+    grounds = ["calm"] * ("calm_background" in found) + ["blurred"] * ("background_blurred" in found)
+    ground = _pick(VERDICTS["grounds"]["_".join(grounds)], rng) if grounds else ""
+    verbs = []
+    if means:
+        verb = _pick(VERDICTS["stand_out"], rng).format(its=subject.fields["its"], means=" and ".join(means))
+        verbs.append(f"{verb} {_pick(VERDICTS['against'], rng).format(ground=ground)}" if ground else verb)
+    elif ground:
+        verbs.append(_pick(VERDICTS["is_before"], rng).format(ground=ground))
+    verbs += [_pick(VERDICTS["sizes"][size], rng) for size in VERDICTS["sizes"] if size in found]
+    verbs += [_pick(VERDICTS["places"][place], rng) for place in VERDICTS["places"] if place in found]
+    if not verbs:
+        return []
+    first = verbs if len(verbs) == 1 or (len(verbs) == 2 and rng.random() < 0.5) else verbs[:1]
+    texts = [f"the {subject.noun} {' and '.join(first)}"]
+    if len(verbs) > len(first):
+        texts.append(f"{subject.again} {_plain_list(verbs[len(first) :])}")
+    if "subject_centred" in found and "symmetric" not in found and verbs[-1] in VERDICTS["places"]["subject_centred"]:
+        texts[-1] += f"; {_pick(VERDICTS['room'], rng)}" if rng.random() < 0.4 else ""
+    return texts
+
+
+def _content(found: list[str], subject: _Subject, opened: bool, rng: np.random.Generator) -> list[str]:
+    """The subject, the colours and the order of the picture, as far as an opening has not told of them, and what else
+    is in view."""
+    texts = []
+    if not opened:
+        if not subject.told and subject.noun != "subject":
+            texts.append(_pick(VERDICTS["seen"], rng).format(a=_a(subject.noun)))
+        texts += [_pick(VERDICTS["views"], rng)] * ("landscape" in found)
+        texts += [_pick(VERDICTS["symmetry"], rng)] * ("symmetric" in found)
+        texts += [_pick(VERDICTS["palette"][palette], rng) for palette in [_palette(found)] if palette]
+    if subject.others:
+        others = _plain_list([_a(kind) for kind in subject.others])
+        texts.append(_pick(VERDICTS["also"], rng).format(a=others))
+    return texts
+
+
+def _shortcomings(
+    found: list[str], subject: _Subject, strengths: Mapping[str, float], rng: np.random.Generator
+) -> list[str]:
+    """Sentences on what is wrong and what would help, those on the subject first."""
+    texts, listed = [], []
+    for fault in _SUBJECT_FAULTS:
+        if fault in found:
+            clause, fix = _pick(VERDICTS["own"][fault], rng)
+            text = _with_degree(clause + _pick(VERDICTS["links"], rng) + fix, fault, strengths, rng)
+            texts.append(text.format(**subject.fields))
+    for aspect, faults in ASPECT_FAULTS.items():
+        here = [fault for fault in faults if fault in found and fault in VERDICTS["clauses"]]
+        if len(here) == 2:
+            texts.append(": ".join(VERDICTS["opposed"][aspect]))
+        else:
+            listed += here
+    rng.shuffle(listed)
+    return texts + (_pairs(listed, strengths, rng) if len(listed) < 3 else _listed(listed, strengths, rng))
+
+
+def _with_degree(template: str, fault: str, strengths: Mapping[str, float], rng: np.random.Generator) -> str:
+    """'[{adv} ]flat' -> 'clearly flat', or 'flat' where the strength is not known."""
+    if fault not in strengths:
+        return re.sub(r"\[[^]]*\]", "", template)
+    fields = _fields(fault, strengths[fault], rng)
+    return re.sub(r"\[([^]]*)\]", lambda match: match[1].format(**fields), template)
+
+
+def _pairs(faults: list[str], strengths: Mapping[str, float], rng: np.random.Generator) -> list[str]:
+    """Each fault and what would help in one sentence."""
+    texts = []
+    for fault in faults:
+        clause, fix = (_pick(VERDICTS[table][fault], rng) for table in ("clauses", "fixes"))
+        texts.append(_with_degree(clause + _pick(VERDICTS["links"], rng) + fix, fault, strengths, rng))
+    return texts
+
+
+def _listed(faults: list[str], strengths: Mapping[str, float], rng: np.random.Generator) -> list[str]:
+    """All faults in one sentence and what would help in the next."""
+
+    def told(table: str, strengths: Mapping[str, float]) -> list[str]:
+        chosen = [fault for fault in faults if fault in VERDICTS[table]]
+        return [_with_degree(_pick(VERDICTS[table][fault], rng), fault, strengths, rng) for fault in chosen]
+
+    # Words of degree on everything in a long list are a drone.
+    fixes = told("fixes", strengths if len(faults) < 4 else {})
+    text, extras = f"the picture is {_plain_list(told('is', strengths))}", told("has", strengths)
+    if extras:
+        text += (", with " if len(faults) > 3 else " with ") + _plain_list(extras)
+    return [text, _pick(VERDICTS["next"], rng) + _plain_list(fixes)]

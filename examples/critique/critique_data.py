@@ -20,7 +20,7 @@ from typing import Any
 
 import datasets
 import numpy as np
-from critique_captions import ASPECT_FAULTS, FAULTS, Truth, compose_caption
+from critique_captions import ASPECT_FAULTS, ASPECTS, FAULTS, Truth, compose_caption
 from critique_pictures import (
     LUMA,
     MAP_SIZE,
@@ -334,6 +334,8 @@ def make_sample(
         "caption": references[0],
         "references": references,
         "aspect_labels": labels,
+        "aspects": labels + [-1.0] * (len(ASPECTS) - len(FAULTS)),
+        "degrees": float("nan"),
         "score": score_distribution(faults, len(unsure - faults.keys()), rng),
         "saliency": scene.saliency.astype(np.float32),
         "composite": bool(composite),
