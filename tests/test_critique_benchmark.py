@@ -2,15 +2,19 @@
 
 import argparse
 import json
+import os
+import shutil
 import sys
 
 import critique_benchmark as benchmark
+import critique_tables
 import pytest
 import torch
 from critique_captions import FAULTS
+from PIL import Image
 from transformers import Dinov2Config, Dinov2Model
 
-from ase_mllm import ASEForConditionalGeneration
+from ase_mllm import ASEDataCollator, ASEForConditionalGeneration
 
 
 pytestmark = pytest.mark.slow
@@ -25,7 +29,14 @@ def args(tmp_path_factory, critique_sources):
     encoder = Dinov2Model(Dinov2Config(**sizes, image_size=168, patch_size=14, layerscale_value=0.5))
     encoder.save_pretrained(folder / "encoder")
     args = argparse.Namespace(
-        encoder=folder / "encoder", work=folder, layer=8, train_encoder=False, learning_rate=1e-3, batch_size=4
+        encoder=folder / "encoder",
+        language_model=benchmark.BUNDLE,
+        work=folder,
+        layer=8,
+        train_encoder=False,
+        learning_rate=1e-3,
+        batch_size=4,
+        workers=1,
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmark, "load_sources", lambda split, directory: critique_sources[split])
@@ -36,21 +47,23 @@ def args(tmp_path_factory, critique_sources):
     return args
 
 
+def make_processor():
+    return benchmark.make_processor(benchmark.BUNDLE)
+
+
 def learner_of(arm: str, args, scaled: bool = False, **changes) -> benchmark.Learner:
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
         if not scaled:  # the bundled model need not look at pictures for every learner
             patch.setattr(benchmark, "match_scale", lambda *_: None)
-        learner = benchmark.build(
-            arm, argparse.Namespace(**{**vars(args), **changes}), benchmark.make_processor()
-        ).eval()
+        learner = benchmark.build(arm, argparse.Namespace(**{**vars(args), **changes}), make_processor()).eval()
         learner.kept.open("train")
     return learner
 
 
 def batch_of(args, number: int = 3) -> dict[str, torch.Tensor]:
     pictures = benchmark.Pictures(args.work, "train")
-    return benchmark.Collator(benchmark.make_processor())([pictures[i] for i in range(number)])
+    return benchmark.Collator(pictures, make_processor())([pictures[i] for i in range(number)])
 
 
 def logits_of(learner, batch) -> torch.Tensor:
@@ -58,6 +71,72 @@ def logits_of(learner, batch) -> torch.Tensor:
     with torch.inference_mode():
         learner.kept.choose(batch["rows"])
         return learner.mllm(**inputs).logits
+
+
+def test_batches_are_those_of_the_collator_for_files(args):
+    pictures = benchmark.Pictures(args.work, "train", 40, start=3)
+    rows = [pictures[i] for i in (0, 28, 29, 39)]
+    assert rows == [3, 31, 0, 10]  # after the last picture comes the first again
+    columns = pictures.columns
+    examples = [
+        {
+            "image": Image.fromarray(columns["image"][i].permute(1, 2, 0).numpy()),
+            "caption": benchmark.plain_caption(columns["aspect_labels"][i].tolist()),
+            **{name: columns[name][i] for name in ("score", "saliency", "aspect_labels")},
+        }
+        for i in rows
+    ]
+    processor = make_processor()
+    expected = ASEDataCollator(processor)(examples)
+    batch = benchmark.Collator(pictures, processor)(rows)
+    assert batch.pop("rows").tolist() == rows and set(batch) == set(expected)
+    for name, values in batch.items():
+        torch.testing.assert_close(values, expected[name], atol=1e-5, rtol=1e-5, msg=name)
+    without = benchmark.Collator(pictures, processor, captions=False)(rows)
+    assert set(without) == {"rows", "pixel_values", *benchmark.TARGETS}
+    prompt = processor(text=[processor.critique_prompt()], images=[examples[0]["image"]], return_tensors="pt")
+    assert set(prompt) == {"input_ids", "attention_mask", "pixel_values"} and prompt["attention_mask"].all()
+    assert torch.equal(prompt["input_ids"][0], benchmark.prompt_tokens(processor))
+
+
+def test_pictures_and_states_are_the_same_from_several_processes(args, tmp_path, critique_sources):
+    """Spawned, so that what crosses from one process to another is there, too."""
+    shutil.copy(args.work / "train.safetensors", tmp_path)
+    both = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, "PART", 20)
+        for workers in (1, 2):
+            changed = argparse.Namespace(**{**vars(args), "work": tmp_path, "workers": workers})
+            benchmark.keep_states(changed, "train", {6, 8})
+            both[workers] = [benchmark.load_file(tmp_path / f"train-layer-{n}.safetensors")["states"] for n in (6, 8)]
+            for path in tmp_path.glob("*-layer-*"):
+                path.unlink()
+    assert len(both[1][0]) == 32
+    for alone, together, kept in zip(both[1], both[2], (6, 8)):
+        assert torch.equal(alone, together)
+        before = benchmark.load_file(args.work / f"train-layer-{kept}.safetensors")["states"]
+        torch.testing.assert_close(alone, before, atol=1e-2, rtol=1e-2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, "load_sources", lambda split, directory: critique_sources[split])
+        patch.setattr(benchmark, "PART", 3)
+        changed = argparse.Namespace(
+            **{
+                **vars(args),
+                "work": tmp_path,
+                "pictures": 7,
+                "test_pictures": 4,
+                "tests": ["foreign"],
+                "sources": None,
+            }
+        )
+        (tmp_path / "train.safetensors").unlink()
+        benchmark.make_data(changed, {"layer-8"})
+        for split, number in (("train", 7), ("foreign", 4)):
+            made = benchmark.load_file(tmp_path / f"{split}.safetensors")
+            expected = benchmark.load_file(args.work / f"{split}.safetensors")
+            for name, values in made.items():
+                assert torch.equal(values, expected[name][:number]), (split, name)
+    assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize("arm", benchmark.GRAFTS)
@@ -76,8 +155,8 @@ def test_kept_states_are_what_the_encoder_gives(arm, args):
         for name, parameter in learner.mllm.named_parameters():
             if name.endswith("gate"):
                 parameter.fill_(1.0)
-    base = benchmark.load_base(args.encoder, benchmark.base_layer(arm, args))
-    whole = benchmark.graft(arm, base, benchmark.make_processor()).eval()
+    base = benchmark.load_base(args.encoder, benchmark.base_layer(arm, args), benchmark.BUNDLE)
+    whole = benchmark.graft(arm, base, make_processor()).eval()
     whole.load_state_dict(learner.mllm.state_dict())
     inputs = {name: value for name, value in batch.items() if name != "rows" and not name.endswith("targets")}
     with torch.inference_mode():
@@ -196,7 +275,7 @@ def test_it_runs_small_and_does_not_run_twice(args, tmp_path, monkeypatch, criti
     arguments = (
         "--arms layer-8 ase --seeds 0 1 --pictures 32 --test-pictures 4 --warm-up 8 --vision-samples 4 --samples 8"
     )
-    arguments += f" --curve 4 --curve-arms layer-8 --batch-size 4 --jobs 1 --encoder {args.encoder}"
+    arguments += f" --curve 4 --curve-arms layer-8 --batch-size 4 --jobs 1 --workers 1 --encoder {args.encoder}"
     command = ["x", *arguments.split(), "--work", str(tmp_path / "work"), "--record", str(log)]
     monkeypatch.setattr(sys, "argv", command)
     benchmark.main()
@@ -204,7 +283,7 @@ def test_it_runs_small_and_does_not_run_twice(args, tmp_path, monkeypatch, criti
     assert text.startswith("before") and text.endswith("after\n") and "old" not in text
     assert "| captions: placed | " in text and "| difference (foreign) | ase - layer-8 |" in text and " ± " in text
     assert "| captions to learn from (test) | 4 | 8 |" in text and "| ase, captions: placed" not in text
-    assert benchmark.base_checksum()[:12] in text
+    assert benchmark.base_checksum(benchmark.BUNDLE)[:12] in text and "4 at a time" in text
     record = json.loads(log.with_suffix(".json").read_text())
     runs = {(run["arm"], run["captions"], run["seed"]): run for run in record["runs"]}
     assert len(runs) == 6 and "map AUC" not in runs["layer-8", 4, 0]["test"] and "map AUC" in runs["ase", 8, 1]["test"]
@@ -215,17 +294,58 @@ def test_it_runs_small_and_does_not_run_twice(args, tmp_path, monkeypatch, criti
     benchmark.main()
     assert log.read_text() == text
 
+    # elsewhere, with the files of finished runs alone: neither pictures nor the encoder are there
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for path in (tmp_path / "work").glob("*.json"):
+        if path.name != "layer-8-4-1.json":
+            shutil.copy(path, bare)
+    monkeypatch.setattr(benchmark, "make_data", lambda *args: pytest.fail("made pictures again"))
+    moved = [*command, "--work", str(bare), "--encoder", "nowhere", "--language-model", "nowhere"]
+    monkeypatch.setattr(sys, "argv", [*moved, "--finished"])
+    assert benchmark.main() == 1  # one is missing
+    record = json.loads(log.with_suffix(".json").read_text())
+    assert len(record["runs"]) == 5 and record["settings"]["encoder"] == "encoder"
+    monkeypatch.setattr(sys, "argv", [*moved, "--finished", "--seeds", "7"])
+    with pytest.raises(SystemExit):
+        benchmark.main()
+    assert "of 3 runs none is finished" in capsys.readouterr().err
+    (bare / "settings.json").unlink()
+    with pytest.raises(SystemExit):
+        benchmark.main()
+    assert "settings.json is not there" in capsys.readouterr().err
+
     monkeypatch.setattr(sys, "argv", [*command, "--vision-samples", "24"])
     with pytest.raises(SystemExit):
         benchmark.main()
     assert "other settings" in capsys.readouterr().err
 
 
+def failing_run(args, run):
+    """In a process of its own: one arm fails, one is killed."""
+    if run[0] == "longer":
+        raise ValueError("no luck")
+    if run[0] == "control":
+        os._exit(1)
+    return {"arm": run[0]}
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_run_that_fails_takes_no_other_with_it(jobs, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "run_arm", failing_run)
+    runs = [("longer", 8, 0), ("ase", 8, 0), ("layer-8", 8, 0), *[("control", 8, 0)] * (jobs > 1)]
+    results = benchmark.run_all(argparse.Namespace(jobs=jobs), runs)
+    assert results[("ase", 8, 0)] == {"arm": "ase"} and results[("layer-8", 8, 0)] == {"arm": "layer-8"}
+    assert len(results) == 2
+    said = capsys.readouterr().err
+    assert "failed: longer 8 0 ValueError: no luck" in said and ("failed: control 8 0" in said) == (jobs > 1)
+
+
 def test_what_was_trained_without_captions_is_found_again(args, tmp_path, monkeypatch):
     changed = argparse.Namespace(**{**vars(args), "warm_up": 8, "vision_samples": 4})
-    first, _ = benchmark.see("ase", 7, changed, benchmark.make_processor())
+    first, _ = benchmark.see("ase", 7, changed, make_processor())
     monkeypatch.setattr(benchmark, "train", lambda *args: pytest.fail("trained again"))
-    second, _ = benchmark.see("ase", 7, changed, benchmark.make_processor())
+    second, _ = benchmark.see("ase", 7, changed, make_processor())
     batch = batch_of(args)
     for learner in (first.eval(), second.eval()):
         learner.kept.open("train")
@@ -237,7 +357,7 @@ def test_differences_are_those_of_the_same_seed():
     def result(accuracy: float, saliency: bool) -> dict:
         text = dict.fromkeys(("CIDEr", "BLEU-4"), 0.5)
         maps = dict.fromkeys(("AUC", "NSS", "CC", "centre bias AUC"), 0.75) if saliency else None
-        accuracies = dict.fromkeys(benchmark.ASPECTS, accuracy)
+        accuracies = dict.fromkeys(critique_tables.ASPECTS, accuracy)
         test = {"accuracy": accuracies, "accuracy of the heads": accuracies, "text": text, "text, composites": text}
         test |= {"accuracy of the IASM": {}, "wrong photo": text, "saliency": maps}
         return {"test": test, "gates": [0.5, -0.25] * saliency, "parameters": 5e6, "seconds of training": 100}
@@ -245,9 +365,9 @@ def test_differences_are_those_of_the_same_seed():
     values = {("layer-8", 8): (0.25, 0.5), ("ase", 8): (0.5, 0.75), ("ase", 2): (0.25, 0.25)}
     runs = {(*run, seed): one for run, seeds in values.items() for seed, one in enumerate(seeds)}
     figures = {run: {"test": benchmark.figures_of(result(one, run[0] == "ase"), "test")} for run, one in runs.items()}
-    names = ("warm_up", "vision_samples", "samples", "pictures", "test_pictures", "layer", "encoder")
+    names = ("warm_up", "vision_samples", "samples", "pictures", "test_pictures", "layer", "encoder", "batch_size")
     settings = {"base": "0123456789abcdef", "train_encoder": False, **dict.fromkeys(names, 8)}
-    about, main, differences, curve = benchmark.as_markdown(figures, 8, settings).split("\n\n")
+    about, main, differences, curve = benchmark.as_markdown(figures, 8, settings, benchmark.ARMS).split("\n\n")
     assert "Seeds 0, 1; 8 + 8 + 8 samples" in about and "SHA-256 0123456789ab." in about and "frozen" in about
     assert "| figure (test) | layer-8 | ase |" in main and "| captions: all | 37.5 ± 17.7 | 62.5 ± 17.7 |" in main
     assert "| map AUC | - | 0.750 ± 0.000 |" in main and "| gates | - | 0.375 ± 0.000 |" in main
@@ -261,11 +381,12 @@ def test_a_longer_base_sees_twice_as_many_samples(args, tmp_path, monkeypatch):
     given = argparse.Namespace(**{**vars(args), "work": tmp_path, "warm_up": 8, "vision_samples": 4, "tests": []})
     monkeypatch.setattr(benchmark, "build", lambda *_: torch.nn.Linear(2, 2))
     monkeypatch.setattr(benchmark, "Pictures", lambda work, split, number=0, start=0: seen.append((start, number)))
+    monkeypatch.setattr(benchmark, "Collator", lambda *_, **__: None)
     monkeypatch.setattr(benchmark, "train", lambda *args: 0.0)
     monkeypatch.setattr(torch.nn.Linear, "kept", argparse.Namespace(open=lambda split: None), raising=False)
     monkeypatch.setattr(torch.nn.Linear, "mllm", property(lambda self: torch.nn.Identity()), raising=False)
     monkeypatch.setattr(benchmark, "figures_of", lambda *_: {})
     given.tests = []
     for arm in ("layer-8", "longer"):
-        benchmark.see(arm, 0, given, benchmark.make_processor())
+        benchmark.see(arm, 0, given, make_processor())
     assert seen == [(0, 8), (8, 4), (0, 16), (16, 8)]

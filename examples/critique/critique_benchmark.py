@@ -28,17 +28,21 @@ The encoder is frozen, so what its lower layers give is computed once and kept. 
 trains the layers above the sixth. `--curve` repeats the last part with other numbers of captions. Tested are held-out
 photographs and cut-outs with the generator's faults (`test`) and with those of `foreign_edits.py` (`foreign`).
 
-Finished runs are kept in `--work` and not run again. Needs the extra `evaluation`.
+Where there is a GPU, pictures, kept states and runs are on it, `--jobs` runs at once; `--workers` processes make pictures.
+Finished runs are kept in `--work` and not run again; `--finished` runs none and makes the tables of those that are there,
+with nothing but their files. Needs the extra `evaluation`.
 """
 
 import argparse
 import copy
 import hashlib
 import json
+import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
-from functools import cache, partial
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
+from functools import cache, lru_cache, partial
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -46,15 +50,15 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from critique_captions import ASPECT_FAULTS, FAULTS, named_faults, plain_caption
+from critique_captions import FAULTS, named_faults, plain_caption
 from critique_data import critique_dataset, load_sources
-from evaluate_ase_mini import saliency_scores
+from critique_tables import READ, Figures, accuracies, as_markdown, decide, figures_of, measure_maps
 from foreign_edits import make_foreign_sample
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from train_ase_mini import WEIGHTS, make_optimizer
 from transformers import (
@@ -76,14 +80,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import write_between, write_captions
 from metrics import caption_scores
 
-from ase_mllm import ASEDataCollator, ASEForConditionalGeneration, ASEProcessor, IASMConfig
+from ase_mllm import ASEForConditionalGeneration, ASEProcessor, IASMConfig
 from ase_mllm.modeling_iasm import aspect_loss, saliency_losses, score_loss
 
 
 BUNDLE = Path(__file__).parents[1] / "ase-mini"
 IMAGE_SIZE, SALIENCY_SIZE = 168, 160  # pixels that the encoder sees, and the saliency module
 MERGED = 2  # patches along each side of what becomes one image token
-READ = 6  # the layer that the saliency module reads, counted from 1
+PART = 100  # pictures that a process makes at once
+TESTED = 200  # pictures at once in tests
 LAYER_ARMS = ("layer-4", "layer-6", "layer-8", "layer-10", "layer-12")
 GRAFTS = {
     "photometry": {"encoder_layers": []},
@@ -93,73 +98,118 @@ GRAFTS = {
 ARMS = (*LAYER_ARMS, "longer", *GRAFTS)
 LONGER = 2
 TESTS = ("test", "foreign")
-TARGETS = ("score_targets", "saliency_targets", "aspect_targets")
-PLACED = ("placement", "depth", "subject sharpness")  # what has a place in the picture
+TARGETS = {"score_targets": "score", "saliency_targets": "saliency", "aspect_targets": "aspect_labels"}
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 # Pictures ------------------------------------------------------------------------------------------------------------
 
 
-def make_rows(split: str, number: int, sources: Path | None) -> Iterable[dict[str, Any]]:
+def make_rows(split: str, numbers: range, sources: Path | None) -> Iterable[dict[str, Any]]:
     """
-    Samples of a split. Beside `train` and `test`: `validation`, photographs to train on with other crops and faults;
-    `foreign`, with faults by other means; `photographs`, without cut-outs and all with a subject of their own.
+    Samples of a split, by number. Beside `train` and `test`: `validation`, photographs to train on with other crops and
+    faults; `foreign`, with faults by other means; `photographs`, without cut-outs and all with a subject of their own.
     """
     if split == "foreign":
         pool = load_sources("test", sources)
-        return (make_foreign_sample(index, "test", 0, pool) for index in range(number))
+        return (make_foreign_sample(index, "test", 0, pool) for index in numbers)
     if split == "photographs":
-        rows = critique_dataset("test", 4 * number, seed=2, sources=load_sources("test", sources), composite_share=0.0)
-        known = (row for row in map(rows.__getitem__, range(len(rows))) if row["saliency"].any())
-        return islice(known, number)
+        drawn = 4 * numbers.stop
+        rows = critique_dataset("test", drawn, seed=2, sources=load_sources("test", sources), composite_share=0.0)
+        known = (row for row in map(rows.__getitem__, range(drawn)) if row["saliency"].any())
+        return islice(known, numbers.start, numbers.stop)
     seed, of = (1, "train") if split == "validation" else (0, split)
-    rows = critique_dataset(of, number, seed=seed, sources=load_sources(of, sources))
-    return (rows[index] for index in range(number))
+    rows = critique_dataset(of, numbers.stop, seed=seed, sources=load_sources(of, sources))
+    return (rows[index] for index in numbers)
 
 
 def make_pictures(split: str, number: int, size: int, sources: Path | None) -> dict[str, torch.Tensor]:
     """Samples as every arm and every epoch sees them: `image` is uint8 `(n, 3, size, size)`, squashed to a square."""
+    return {name: torch.from_numpy(one) for name, one in make_part((split, range(number)), size, sources).items()}
+
+
+def make_part(part: tuple[str, range], size: int, sources: Path | None) -> dict[str, np.ndarray]:
+    """Some samples of a split, as arrays: between processes, tensors would take a shared file each."""
     columns = {"image": [], "aspect_labels": [], "score": [], "saliency": [], "composite": []}
-    for row in make_rows(split, number, sources):
+    for row in make_rows(*part, sources):
         image = np.array(row["image"].resize((size, size), Image.Resampling.BICUBIC))
         for name, values in columns.items():
             values.append(torch.from_numpy(image).permute(2, 0, 1) if name == "image" else torch.tensor(row[name]))
-    return {name: torch.stack(values) for name, values in columns.items()}
+    return {name: torch.stack(values).numpy() for name, values in columns.items()}
+
+
+@lru_cache(maxsize=1)
+def read_columns(folder: Path, split: str) -> dict[str, torch.Tensor]:
+    """The pictures of a split and what is true of them, on the device."""
+    return load_file(folder / f"{split}.safetensors", device=str(device()))
 
 
 class Pictures(Dataset):
-    """`number` samples of one split from `start` on; after the last picture comes the first again."""
+    """`number` places in one split from `start` on; after the last picture comes the first again."""
 
     def __init__(self, folder: Path, split: str, number: int | None = None, start: int = 0):
-        self.columns = load_file(folder / f"{split}.safetensors")
+        self.columns = read_columns(folder, split)
         self.start, self.number = start, number or len(self.columns["image"])
 
     def __len__(self) -> int:
         return self.number
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        index = (self.start + index) % len(self.columns["image"])
-        row = {name: values[index] for name, values in self.columns.items()}
-        image = Image.fromarray(row["image"].permute(1, 2, 0).numpy())
-        return {**row, "index": index, "image": image, "caption": plain_caption(row["aspect_labels"].tolist())}
+    def __getitem__(self, index: int) -> int:
+        return (self.start + index) % len(self.columns["image"])
+
+    def captions(self) -> list[str]:
+        """Of all pictures of the split."""
+        return [plain_caption(labels) for labels in self.columns["aspect_labels"].tolist()]
 
 
-class Collator(ASEDataCollator):
-    """Batches that also say which pictures of their split they are; with `captions=False`, without text."""
-
-    def __init__(self, processor: ASEProcessor, captions: bool = True):
-        super().__init__(processor)
-        self.captions = captions
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        batch = super().__call__(examples)
-        kept = batch if self.captions else {name: batch[name] for name in ("pixel_values", *TARGETS)}
-        return {**kept, "rows": torch.tensor([example["index"] for example in examples])}
+def prompt_tokens(processor: ASEProcessor) -> torch.Tensor:
+    """The prompt of every picture, `(tokens,)`, with a place for each image token."""
+    blank = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE))
+    return processor(text=[processor.critique_prompt()], images=[blank], return_tensors="pt")["input_ids"][0]
 
 
-def make_processor() -> ASEProcessor:
-    """The bundled model's, for pictures as the encoder takes them."""
-    processor = ASEProcessor.from_pretrained(BUNDLE)
+class Collator:
+    """
+    Batches from places in a split, as `ASEDataCollator` makes them, on the device and without a way over files of pictures.
+
+    `rows` are the places. With `captions=False`, without text.
+    """
+
+    def __init__(self, pictures: Pictures, processor: ASEProcessor, captions: bool = True):
+        self.columns, images = pictures.columns, processor.image_processor
+        self.device = self.columns["image"].device
+        self.mean, self.std = (
+            torch.tensor(one, device=self.device).view(3, 1, 1) for one in (images.image_mean, images.image_std)
+        )
+        self.tokens = None
+        if captions:
+            prompt, tokenizer = prompt_tokens(processor), processor.tokenizer
+            answers = tokenizer(pictures.captions(), add_special_tokens=False)["input_ids"]
+            tokens = [torch.cat([prompt, torch.tensor([*answer, tokenizer.eos_token_id])]) for answer in answers]
+            self.begin, self.ends = len(prompt), torch.tensor([len(one) for one in tokens])
+            tokens = pad_sequence(tokens, batch_first=True, padding_value=tokenizer.pad_token_id)
+            self.tokens = tokens.to(self.device)
+
+    def __call__(self, rows: list[int]) -> dict[str, torch.Tensor]:
+        places = torch.tensor(rows, device=self.device)
+        batch = {"rows": places, "pixel_values": (self.columns["image"][places] / 255 - self.mean) / self.std}
+        batch |= {name: self.columns[column][places] for name, column in TARGETS.items()}
+        if self.tokens is None:
+            return batch
+        ends = self.ends[rows]
+        steps = torch.arange(int(ends.max()), device=self.device)
+        tokens = self.tokens[places, : len(steps)]
+        inside = steps < ends.to(self.device)[:, None]
+        labels = tokens.masked_fill(~inside | (steps < self.begin), -100)
+        return {**batch, "input_ids": tokens, "attention_mask": inside.long(), "labels": labels}
+
+
+def make_processor(language_model: Path) -> ASEProcessor:
+    """That of the language model's folder, for pictures as the encoder takes them."""
+    processor = ASEProcessor.from_pretrained(language_model)
     images = processor.image_processor
     images.image_mean, images.image_std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     images.size = images.crop_size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
@@ -174,29 +224,41 @@ def states_path(args: argparse.Namespace, split: str, layer: int) -> Path:
     return args.work / f"{split}-layer-{layer}.safetensors"
 
 
-@torch.inference_mode()
 def keep_states(args: argparse.Namespace, split: str, layers: set[int]):
     """Writes the output of these layers (counted from 1) for all pictures of a split, in half precision."""
     layers = {layer for layer in layers if not states_path(args, split, layer).exists()}
     if not layers:
         return
-    be_quiet()
-    encoder = AutoModel.from_pretrained(args.encoder, num_hidden_layers=max(layers)).eval()
-    mean, std = (torch.tensor(one).view(3, 1, 1) for one in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-    states = {layer: [] for layer in layers}
-    for images in load_file(args.work / f"{split}.safetensors")["image"].split(25):
-        hidden = encoder((images / 255 - mean) / std, output_hidden_states=True).hidden_states
+    with safe_open(args.work / f"{split}.safetensors", "pt") as file:
+        number = file.get_slice("image").get_shape()[0]
+    workers = 1 if torch.cuda.is_available() else args.workers
+    parts = in_processes(partial(read_states, args, split, layers), parts_of(number), workers)
+    for layer in layers:
+        states = torch.from_numpy(np.concatenate([part[layer] for part in parts]))
+        save_whole({"states": states}, states_path(args, split, layer))
+
+
+@torch.inference_mode()
+def read_states(args: argparse.Namespace, split: str, layers: set[int], part: range) -> dict[int, np.ndarray]:
+    """What these layers give for some pictures of a split, `(n, tokens, width)` by layer."""
+    encoder, states = load_tower(args.encoder, max(layers)).eval().to(device()), {layer: [] for layer in layers}
+    mean, std = (
+        torch.tensor(one, device=device()).view(3, 1, 1) for one in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    )
+    with safe_open(args.work / f"{split}.safetensors", "pt") as file:
+        images = file.get_slice("image")[part.start : part.stop].to(device())
+    for batch in images.split(25):
+        hidden = encoder((batch / 255 - mean) / std, output_hidden_states=True).hidden_states
         for layer, kept in states.items():
-            kept.append(hidden[layer].half())
-    for layer, kept in states.items():
-        save_file({"states": torch.cat(kept)}, states_path(args, split, layer))
+            kept.append(hidden[layer].half().cpu())
+    return {layer: torch.cat(kept).numpy() for layer, kept in states.items()}
 
 
 class KeptStates:
     """The states of the pictures in hand, in place of what the lower layers of an encoder would compute."""
 
     def __init__(self, args: argparse.Namespace, layer: int):
-        self.read = lambda split: load_file(states_path(args, split, layer))["states"]
+        self.read = lambda split: load_file(states_path(args, split, layer), device=str(device()))["states"]
         self.layer, self.split, self.current = layer, None, None
 
     def open(self, split: str):
@@ -273,26 +335,49 @@ class ModuleAlone(nn.Module):
 
 
 def be_quiet():
-    """In every process: one thread, and no reports of the layers that are left out on purpose."""
+    """In every process: one thread, the GPU's fast float32, no reports of the layers that are left out on purpose."""
     torch.set_num_threads(1)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
 
-def base_checksum() -> str:
-    return hashlib.sha256((BUNDLE / "model.safetensors").read_bytes()).hexdigest()
+def parts_of(number: int) -> list[range]:
+    return [range(start, min(start + PART, number)) for start in range(0, number, PART)]
+
+
+def in_processes(function: Callable, items: list, workers: int) -> list:
+    if workers == 1:
+        be_quiet()
+        return list(map(function, items))
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=be_quiet) as pool:
+        return list(pool.map(function, items))
+
+
+def save_whole(tensors: dict[str, torch.Tensor], path: Path, **metadata: str):
+    """Under another name first: what was begun and not ended must not pass for finished."""
+    part = path.with_name(f".{os.getpid()}.{path.name}")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata=metadata)
+    part.replace(path)
+
+
+def base_checksum(language_model: Path) -> str:
+    return hashlib.sha256((language_model / "model.safetensors").read_bytes()).hexdigest()
 
 
 @cache
-def load_bundle() -> ASEForConditionalGeneration:
-    return ASEForConditionalGeneration.from_pretrained(BUNDLE, dtype=torch.float32).eval()
+def load_bundle(folder: Path) -> ASEForConditionalGeneration:
+    return ASEForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def load_base(encoder: Path, layer: int) -> InternVLForConditionalGeneration:
-    """The base that reads this layer of the encoder (counted from 1): InternVL with the bundled model's language model."""
+def load_tower(encoder: Path, layers: int) -> PreTrainedModel:
+    return AutoModel.from_pretrained(encoder, num_hidden_layers=layers, dtype=torch.float32)
+
+
+def load_base(encoder: Path, layer: int, language_model: Path) -> InternVLForConditionalGeneration:
+    """The base that reads this layer of the encoder (counted from 1): InternVL with a bundle's language model."""
     depth = AutoConfig.from_pretrained(encoder).num_hidden_layers
-    tower = AutoModel.from_pretrained(encoder, num_hidden_layers=layer)
-    bundle = load_bundle()
+    tower, bundle = load_tower(encoder, layer), load_bundle(language_model)
     config = InternVLConfig(
         vision_config=tower.config,
         text_config=copy.deepcopy(bundle.config.text_config),
@@ -311,9 +396,11 @@ def load_base(encoder: Path, layer: int) -> InternVLForConditionalGeneration:
 
 
 @torch.inference_mode()
-def match_scale(base: InternVLForConditionalGeneration, processor: ASEProcessor, images: list[Image.Image]):
+def match_scale(
+    base: InternVLForConditionalGeneration, processor: ASEProcessor, images: list[Image.Image], language_model: Path
+):
     """A fresh projector gives features as large as those that the language model knows, or it does not learn to read."""
-    bundle, original = load_bundle(), ASEProcessor.from_pretrained(BUNDLE)
+    bundle, original = load_bundle(language_model), ASEProcessor.from_pretrained(language_model)
     known = bundle.get_image_features(original.image_processor(images, return_tensors="pt")["pixel_values"])
     pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
     fresh = base.model.get_image_features(pixel_values=pixels, return_dict=True)
@@ -350,9 +437,9 @@ def kept_layer(arm: str, args: argparse.Namespace) -> int:
 
 
 def build(arm: str, args: argparse.Namespace, processor: ASEProcessor) -> Learner:
-    base = load_base(args.encoder, base_layer(arm, args))
-    pictures = Pictures(args.work, "train", 32)
-    match_scale(base, processor, [pictures[i]["image"] for i in range(32)])
+    base = load_base(args.encoder, base_layer(arm, args), args.language_model)
+    images = Pictures(args.work, "train").columns["image"][:32].permute(0, 2, 3, 1).cpu().numpy()
+    match_scale(base, processor, list(map(Image.fromarray, images)), args.language_model)
     kept = KeptStates(args, kept_layer(arm, args))
     learner = Learner(base, kept)
     learner.mllm = graft(arm, base, processor)  # places are probed while the encoder is whole
@@ -360,26 +447,26 @@ def build(arm: str, args: argparse.Namespace, processor: ASEProcessor) -> Learne
     kept.replace_in(tower)
     if args.train_encoder:
         tower.encoder.layer[kept.layer :].requires_grad_(True)
-    return learner
+    return learner.to(device())
 
 
 # Runs ----------------------------------------------------------------------------------------------------------------
 
 
-def train(
-    model: nn.Module, pictures: Pictures, collator: Callable, batch_size: int, seed: int, args: argparse.Namespace
-) -> float:
+def train(model: nn.Module, pictures: Pictures, collator: Collator, seed: int, args: argparse.Namespace) -> float:
     """One run of the `Trainer` over all pictures; seconds that it took."""
     arguments = TrainingArguments(
         output_dir=str(args.work / "trainer"),
         use_cpu=not torch.cuda.is_available(),
         num_train_epochs=1,
-        per_device_train_batch_size=batch_size,
+        per_device_train_batch_size=args.batch_size,
         lr_scheduler_type="cosine",
-        warmup_steps=min(100, len(pictures) // batch_size // 10),
+        warmup_steps=min(100, len(pictures) // args.batch_size // 10),
         save_strategy="no",
         logging_steps=100,
+        logging_nan_inf_filter=False,  # would wait for the GPU in every step
         remove_unused_columns=False,
+        dataloader_pin_memory=False,  # batches are made on the device
         label_names=["labels"],
         report_to="none",
         disable_tqdm=True,
@@ -403,30 +490,33 @@ def see(arm: str, seed: int, args: argparse.Namespace, processor: ASEProcessor) 
     warm_up, vision = (
         Pictures(args.work, "train", n, start) for n, start in zip(numbers.tolist(), (0, int(numbers[0])))
     )
-    collator = Collator(processor, captions=False)
+    collator = Collator(warm_up, processor, captions=False)
     alone = ModuleAlone(learner) if arm in GRAFTS else learner
     learner.kept.open("train")
-    seconds = train(alone, warm_up, collator, args.batch_size, seed, args)
-    seconds += train(learner, vision, collator, args.batch_size, seed, args)
-    tensors = {name: tensor.detach().contiguous() for name, tensor in trained.items()}
-    save_file(tensors, path, metadata={"seconds": str(seconds)})
+    seconds = train(alone, warm_up, collator, seed, args)
+    seconds += train(learner, vision, collator, seed, args)
+    save_whole({name: tensor.detach() for name, tensor in trained.items()}, path, seconds=str(seconds))
     return learner, seconds
 
 
-def run_arm(arm: str, samples: int, seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Trains and measures one arm, or reads what it gave."""
-    path = args.work / f"{arm}-{samples}-{seed}.json"
+def result_path(args: argparse.Namespace, run: tuple[str, int, int]) -> Path:
+    return args.work / "{}-{}-{}.json".format(*run)
+
+
+def run_arm(args: argparse.Namespace, run: tuple[str, int, int]) -> dict[str, Any]:
+    """Trains and measures one arm, with so many captions and this seed, or reads what it gave."""
+    (arm, samples, seed), path = run, result_path(args, run)
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
     be_quiet()
     set_seed(seed)
-    processor = make_processor()
+    processor = make_processor(args.language_model)
     learner, seconds = see(arm, seed, args, processor)
     if samples:
         number = samples * (LONGER if arm == "longer" else 1)
         pictures = Pictures(args.work, "train", number, args.warm_up + args.vision_samples)
         learner.kept.open("train")
-        seconds += train(learner, pictures, Collator(processor), args.batch_size, seed, args)
+        seconds += train(learner, pictures, Collator(pictures, processor), seed, args)
     result = {
         split: measure(learner.eval(), split, Pictures(args.work, split), processor, bool(samples))
         for split in args.tests
@@ -435,13 +525,7 @@ def run_arm(arm: str, samples: int, seed: int, args: argparse.Namespace) -> dict
     result["parameters"] = sum(parameter.numel() for parameter in learner.mllm.parameters())
     result["gates"] = [p.tanh().item() for name, p in learner.mllm.named_parameters() if name.endswith("gate")]
     path.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    print(
-        arm,
-        samples,
-        seed,
-        {name: round(v, 1) for name, v in list(figures_of(result, args.tests[0]).items())[:8]},
-        flush=True,
-    )
+    print(*run, {name: round(v, 1) for name, v in list(figures_of(result, args.tests[0]).items())[:8]}, flush=True)
     return result
 
 
@@ -450,28 +534,30 @@ def measure(
     learner: Learner, split: str, pictures: Pictures, processor: ASEProcessor, with_captions: bool
 ) -> dict[str, Any]:
     """All figures of one trained arm on the pictures of one split."""
-    rows = [pictures[i] for i in range(len(pictures))]
+    columns = {name: values.cpu() for name, values in pictures.columns.items() if name != "image"}
     learner.kept.open(split)
-    model, collator = learner.mllm, Collator(processor, captions=False)
+    model, collator = learner.mllm, Collator(pictures, processor, captions=False)
     captions, heads, judged, maps = [], [], [], []
-    for start in range(0, len(rows), 50):
-        batch = collator(rows[start : start + 50])
+    for rows in torch.arange(len(pictures)).split(TESTED):
+        batch = collator(rows.tolist())
         heads += learner(**batch)["aspects"].tolist()
         if with_captions:
-            inputs = processor(text=[processor.critique_prompt()] * len(batch["rows"]), images=[row["image"] for row in rows[start : start + 50]], return_tensors="pt")  # fmt: skip
+            prompts = prompt_tokens(processor).to(device()).expand(len(rows), -1)
+            inputs = {"input_ids": prompts, "attention_mask": torch.ones_like(prompts)}
+            inputs |= {"pixel_values": batch["pixel_values"]}
             captions += write_captions(model, processor, inputs, max_new_tokens=90)[0]
         if isinstance(model, ASEForConditionalGeneration):
             outputs = model.get_image_features(batch["pixel_values"])
-            maps += list(outputs.saliency_maps)
+            maps += list(outputs.saliency_maps.cpu())
             judged += outputs.aspect_logits.tolist()
-    truths = [dict(zip(FAULTS, row["aspect_labels"].tolist())) for row in rows]
-    composite = [bool(row["composite"]) for row in rows]
-    references = [[row["caption"]] for row in rows]
+    truths = [dict(zip(FAULTS, labels)) for labels in columns["aspect_labels"].tolist()]
+    composite = columns["composite"].tolist()
+    references = [[caption] for caption in pictures.captions()]
     pasted = [i for i, is_composite in enumerate(composite) if is_composite]
     result = {
         "accuracy of the heads": accuracies([decide(logits) for logits in heads], truths, composite),
         "accuracy of the IASM": accuracies([decide(logits) for logits in judged], truths, composite),
-        "saliency": measure_maps([maps[i] for i in pasted], [rows[i]["saliency"].numpy() for i in pasted])
+        "saliency": measure_maps([maps[i] for i in pasted], [columns["saliency"][i].numpy() for i in pasted])
         if maps
         else None,
     }
@@ -486,143 +572,7 @@ def measure(
     return result
 
 
-def decide(values: list[float]) -> set[str]:
-    """The faults that a head's logits name: the likeliest of an aspect, if likelier than not; a placement always."""
-    named, logits = set(), dict(zip(FAULTS, values))
-    for aspect, faults in ASPECT_FAULTS.items():
-        likeliest = max(faults, key=logits.get)
-        if logits[likeliest] > 0 or aspect == "placement":
-            named.add(likeliest)
-    return named
-
-
-def accuracies(named: list[set[str]], truths: list[dict[str, float]], composite: list[bool]) -> dict[str, float]:
-    """
-    Balanced accuracy of each aspect: the mean over its faults, and over "none of them", of how often exactly that is said.
-
-    Only pictures of which the truth is known count; for placement and depth, composites.
-    """
-    aspects = {**ASPECT_FAULTS, "subject sharpness": ("subject_blurred",)}
-    result = {}
-    for aspect, faults in aspects.items():
-        hits = {}
-        for said, truth, pasted in zip(named, truths, composite):
-            known = all(truth[fault] >= 0 for fault in faults) and (pasted or aspect not in PLACED)
-            if known:
-                present = frozenset(fault for fault in faults if truth[fault] == 1)
-                hits.setdefault(present, []).append(present == said & set(faults))
-        result[aspect] = float(np.mean([np.mean(values) for values in hits.values()])) if hits else float("nan")
-    return result
-
-
-def measure_maps(maps: list[torch.Tensor], truths: list[np.ndarray]) -> dict[str, float]:
-    size = truths[0].shape
-    resized = F.interpolate(torch.stack(maps).unsqueeze(1), size=size, mode="bilinear", align_corners=False)
-    scores = saliency_scores([saliency[0].numpy() for saliency in resized], truths)
-    centre = saliency_scores([np.mean(truths, axis=0)] * len(truths), truths)
-    return {**scores, "centre bias AUC": centre["AUC"]}
-
-
-# Table ---------------------------------------------------------------------------------------------------------------
-
-Figures = dict[tuple[str, int, int], dict[str, dict[str, float]]]  # of each arm, number of captions, seed and test
-ASPECTS = (*ASPECT_FAULTS, "subject sharpness")
-GROUPS = {
-    "all": tuple(ASPECT_FAULTS),
-    "placed": PLACED,
-    "elsewhere": tuple(a for a in ASPECT_FAULTS if a not in PLACED),
-}
-# a difference of these says nothing
-ALONE = ("CIDEr, wrong photo", "map AUC, centre bias", "gates", "parameters, M", "training, s")
-FRACTIONS = ("CIDEr", "BLEU", "map", "gates")  # the others are points, millions or seconds
-
-
-def figures_of(result: dict[str, Any], test: str) -> dict[str, float]:
-    """The figures of one run on one test, without those that it cannot have; accuracies in points."""
-    measured, figures = result[test], {}
-    for name, source in {
-        "captions": "accuracy",
-        "heads": "accuracy of the heads",
-        "IASM": "accuracy of the IASM",
-    }.items():
-        for group, aspects in GROUPS.items():
-            accuracy = measured.get(source, {})
-            figures[f"{name}: {group}"] = 100 * np.mean([accuracy.get(aspect, np.nan) for aspect in aspects])
-    for name, source in {
-        "CIDEr": "text",
-        "CIDEr, composites": "text, composites",
-        "CIDEr, wrong photo": "wrong photo",
-    }.items():
-        figures[name] = measured.get(source, {}).get("CIDEr", np.nan)
-    figures["BLEU-4"] = measured.get("text", {}).get("BLEU-4", np.nan)
-    saliency = measured["saliency"] or {}
-    for name in ("AUC", "NSS", "CC"):
-        figures[f"map {name}"] = saliency.get(name, np.nan)
-    figures["map AUC, centre bias"] = saliency.get("centre bias AUC", np.nan)
-    figures |= {aspect: 100 * measured.get("accuracy", {}).get(aspect, np.nan) for aspect in ASPECTS}
-    figures |= {f"heads: {aspect}": 100 * measured["accuracy of the heads"][aspect] for aspect in ASPECTS}
-    figures["gates"] = np.mean(np.abs(result["gates"])) if result["gates"] else np.nan
-    figures["parameters, M"] = result["parameters"] / 1e6
-    figures["training, s"] = result["seconds of training"]
-    return {name: float(value) for name, value in figures.items() if not np.isnan(value)}
-
-
-def spread(values: list[float], digits: int) -> str:
-    if not values:
-        return "-"
-    deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.{digits}f}{deviation}"
-
-
-def table(head: str, columns: list[str], rows: list[tuple[str, list[str]]]) -> list[str]:
-    lines = [[head, *columns], ["---"] * (1 + len(columns)), *([name, *cells] for name, cells in rows)]
-    return ["", *("| " + " | ".join(cells) + " |" for cells in lines)] if columns and rows else []
-
-
-def as_markdown(figures: Figures, samples: int, settings: dict[str, Any]) -> str:
-    """Mean ± standard deviation over seeds; differences are those of the same seed."""
-    arms = [arm for arm in ARMS if any(one == arm for one, *_ in figures)]
-    seeds = sorted({seed for *_, seed in figures})
-    tests = list(next(iter(figures.values())))
-
-    def over_seeds(test: str, name: str, arm: str, other: str | None = None, number: int = samples) -> str:
-        one = [figures.get((arm, number, seed), {}).get(test, {}) for seed in seeds]
-        less = [figures.get((other, number, seed), {}).get(test, {}) if other else {name: 0.0} for seed in seeds]
-        values = [a[name] - b[name] for a, b in zip(one, less) if name in a and name in b]
-        return spread(values, 3 if name.startswith(FRACTIONS) else 1)
-
-    lines = [about(seeds, samples, settings)]
-    others = [arm for arm in arms if arm != "ase"] if "ase" in arms else []
-    for test in tests:
-        names = list(max((one[test] for one in figures.values()), key=len))
-        rows = [(name, [over_seeds(test, name, arm) for arm in arms]) for name in names]
-        lines += table(f"figure ({test})", arms, rows)
-        rows = [(name, [over_seeds(test, name, "ase", arm) for arm in others]) for name in names if name not in ALONE]
-        lines += table(f"difference ({test})", [f"ase - {arm}" for arm in others], rows)
-    numbers = sorted({number for _, number, _ in figures})
-    if len(numbers) > 1:
-        curve = [arm for arm in arms if sum(one == arm for one, *_ in figures) > len(seeds)]
-        shown = [(arm, name) for arm in curve for name in ("captions: placed", "captions: elsewhere", "heads: placed")]
-        rows = [
-            (f"{arm}, {name}", [over_seeds(tests[0], name, arm, number=n) for n in numbers]) for arm, name in shown
-        ]
-        lines += table(f"captions to learn from ({tests[0]})", [str(number) for number in numbers], rows)
-    return "\n".join(lines)
-
-
-def about(seeds: list[int], samples: int, settings: dict[str, Any]) -> str:
-    """What the figures of the tables are, and what was run for them."""
-    trained = f"its layers above the {READ}th trained along" if settings["train_encoder"] else "frozen"
-    return (
-        f"Seeds {', '.join(map(str, seeds))}; {settings['warm_up']} + {settings['vision_samples']} + {samples} samples of "
-        f"{settings['pictures']} pictures; tested on {settings['test_pictures']} of each kind. The encoder is "
-        f"{settings['encoder']}, {trained}; arms without a layer in their name read layer {settings['layer']}. The language "
-        f"model is that in the weights of SHA-256 {settings['base'][:12]}. Balanced accuracy in points, mean ± standard "
-        f"deviation over seeds: `captions`, and each aspect, of what captions say, `placed` the mean of {', '.join(PLACED)}, "
-        "`elsewhere` of the other aspects; `heads` on the image features; `IASM` its own. CIDEr and BLEU-4 against one "
-        "reference, the caption of the truth in the same fixed form. Maps against the exact masks of composites. `gates`: "
-        "mean size of their tanh."
-    )
+# Command -------------------------------------------------------------------------------------------------------------
 
 
 def check_settings(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, Any]:
@@ -630,28 +580,64 @@ def check_settings(args: argparse.Namespace, parser: argparse.ArgumentParser) ->
     names = ("pictures", "test_pictures", "warm_up", "vision_samples", "batch_size", "learning_rate")
     names += ("layer", "train_encoder", "validation")
     settings, path = {name: getattr(args, name) for name in names}, args.work / "settings.json"
-    settings |= {"base": base_checksum(), "encoder": args.encoder.name}
+    if args.finished:
+        if not path.exists():
+            parser.error(f"{path} is not there: the finished runs need the settings that they were made with")
+        return json.loads(path.read_text(encoding="utf-8"))
+    settings |= {"base": base_checksum(args.language_model), "encoder": args.encoder.name}
     if path.exists() and (before := json.loads(path.read_text(encoding="utf-8"))) != settings:
         parser.error(f"{args.work} holds runs of other settings ({before}): give another --work")
     path.write_text(json.dumps(settings), encoding="utf-8")
     return settings
 
 
-def make_data(args: argparse.Namespace, arms: list[str]):
+def make_data(args: argparse.Namespace, arms: set[str]):
     """Writes the pictures of all splits and what frozen layers give for them, where they are not there yet."""
     sizes = {"train": args.pictures, **dict.fromkeys(args.tests, args.test_pictures)}
-    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
-        side_by_side = pool.map if args.jobs > 1 else map
-        list(side_by_side(partial(make_split, args), sizes.items()))
-        list(side_by_side(partial(keep_states, args, layers={kept_layer(arm, args) for arm in arms}), sizes))
+    missing = [split for split in sizes if not (args.work / f"{split}.safetensors").exists()]
+    parts = [(split, part) for split in missing for part in parts_of(sizes[split])]
+    made = in_processes(partial(make_part, size=IMAGE_SIZE, sources=args.sources), parts, args.workers)
+    for split in missing:
+        own = [one for (of, _), one in zip(parts, made) if of == split]
+        columns = {name: torch.from_numpy(np.concatenate([one[name] for one in own])) for name in own[0]}
+        save_whole(columns, args.work / f"{split}.safetensors")
+    for split in sizes:
+        keep_states(args, split, {kept_layer(arm, args) for arm in arms})
 
 
-def make_split(args: argparse.Namespace, split: tuple[str, int]):
-    if not (path := args.work / f"{split[0]}.safetensors").exists():
-        save_file(make_pictures(*split, IMAGE_SIZE, args.sources), path)
+def run_all(args: argparse.Namespace, runs: list[tuple[str, int, int]]) -> dict[tuple[str, int, int], dict[str, Any]]:
+    """What all runs gave, `--jobs` at once, in any order. One that fails takes no other with it."""
+    results, failed = {}, {}
+
+    def settle(run: tuple[str, int, int], ended: Callable[[], dict[str, Any]]):
+        try:
+            results[run] = ended()
+        except BrokenExecutor:  # a process was killed, and its pool with all that it had to do
+            raise
+        except Exception as error:
+            failed[run] = f"{type(error).__name__}: {error}"
+            traceback.print_exception(error)
+
+    if args.jobs == 1:
+        for run in runs:
+            settle(run, partial(run_arm, args, run))
+    while args.jobs > 1 and (waiting := [run for run in runs if run not in results and run not in failed]):
+        broken = {}
+        with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+            futures = {pool.submit(run_arm, args, run): run for run in waiting}
+            for future in as_completed(futures):
+                try:
+                    settle(futures[future], future.result)
+                except BrokenExecutor as error:
+                    broken[futures[future]] = str(error)
+        if len(broken) == len(waiting):  # another pool would break as well
+            failed |= broken
+    for run, error in failed.items():
+        print("failed:", *run, error, file=sys.stderr, flush=True)
+    return results
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", type=Path, required=True, help="folder of a Dinov2 model")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=["layer-12", "layer-8", *ARMS[len(LAYER_ARMS) :]])
@@ -669,39 +655,45 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--workers", type=int, default=2, help="processes that make pictures, and states on a CPU")
+    parser.add_argument("--finished", action="store_true", help="run nothing: tables of the runs that are in --work")
+    parser.add_argument(
+        "--language-model", type=Path, default=BUNDLE, help="folder of the bundle that it is taken from"
+    )
     parser.add_argument("--sources", type=Path, help="folder with the photographs and cut-outs")
     parser.add_argument("--work", type=Path, default=Path("runs/critique-benchmark"))
     parser.add_argument("--record", type=Path, help="write the table between this file's marks, all runs beside it")
     args = parser.parse_args()
     args.tests = ["validation"] if args.validation else list(TESTS)
 
-    # Data
     args.work.mkdir(parents=True, exist_ok=True)
     settings = check_settings(args, parser)
-    make_data(args, args.arms)
-
-    # Run
-    runs = [(arm, args.samples, seed) for seed in args.seeds for arm in args.arms]
-    runs += [(arm, number, seed) for seed in args.seeds for number in args.curve for arm in args.curve_arms]
-    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
-        side_by_side = pool.map if args.jobs > 1 else map
-        results = list(side_by_side(partial(run_one, args), runs))
-    figures = {run: {test: figures_of(one, test) for test in args.tests} for run, one in zip(runs, results)}
-    text = as_markdown(figures, args.samples, settings)
+    # the same arm with all seeds before the next, so that what was named first is known first
+    runs = [(arm, args.samples, seed) for arm in args.arms for seed in args.seeds]
+    curve = [(arm, number, seed) for arm in args.curve_arms for number in args.curve for seed in args.seeds]
+    runs += [run for run in curve if run not in runs]
+    if args.finished:
+        results = {run: run_arm(args, run) for run in runs if result_path(args, run).exists()}
+    else:
+        make_data(args, {run[0] for run in runs if not result_path(args, run).exists()})
+        results = run_all(args, runs)
+    if not results:
+        parser.error(f"of {len(runs)} runs none is finished in {args.work}")
+    figures: Figures = {
+        run: {test: figures_of(results[run], test) for test in args.tests} for run in runs if run in results
+    }
+    text = as_markdown(figures, args.samples, settings, ARMS)
     print(text)
     (args.work / "table.md").write_text(text, encoding="utf-8")
     if args.record:
         write_between(args.record, "<!-- benchmark: begin -->", "<!-- benchmark: end -->", text)
         listed = [
-            {"arm": arm, "captions": number, "seed": seed, **figures[arm, number, seed]} for arm, number, seed in runs
+            {"arm": arm, "captions": number, "seed": seed, **one} for (arm, number, seed), one in figures.items()
         ]
         record = json.dumps({"settings": settings, "runs": listed}, indent=1)
         args.record.with_suffix(".json").write_text(record + "\n", encoding="utf-8")
-
-
-def run_one(args: argparse.Namespace, run: tuple[str, int, int]) -> dict[str, Any]:
-    return run_arm(*run, args)
+    return int(len(results) < len(runs))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -29,8 +29,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from critique_benchmark import PLACED, accuracies, decide, make_pictures
+from critique_benchmark import make_pictures
 from critique_captions import ASPECT_FAULTS, FAULTS
+from critique_tables import PLACED, accuracies, decide
 from evaluate_ase_mini import area_under_roc, saliency_scores
 from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
