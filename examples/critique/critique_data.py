@@ -14,36 +14,42 @@ import io
 import math
 import sys
 import textwrap
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-from critique_captions import ASPECT_FAULTS, ASPECTS, FAULTS, Truth, compose_caption
+from critique_captions import (
+    ASPECT_FAULTS,
+    ASPECTS,
+    FAULTS,
+    KINDS,
+    QUALITIES,
+    Truth,
+    compose_caption,
+    compose_verdict,
+)
+from critique_edits import BLURS, Measures, blurred, develop, draw_edits, measure, sharp_shares, unsure_faults
 from critique_pictures import (
-    LUMA,
     MAP_SIZE,
-    MIDDLE_LUMA,
     PLACEMENTS,
     SMALLEST_SUBJECT,
-    TO_LINEAR,
-    USUAL_SPREAD,
     Framing,
     LoadedSources,
     Photo,
     box_placement,
-    chroma_level,
+    defocused,
     draw_framing,
-    largest,
     load_sources,
     place_cutout,
-    smallest,
+    subject_coverage,
     subject_map,
-    to_bytes,
-    to_code,
 )
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from critique_qualities import measure_qualities
+from critique_styles import APART, apply_light, draw_styles, looks_like, monochrome, style_labels
+from PIL import Image, ImageDraw, ImageFont
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -64,7 +70,9 @@ PENALTIES = {"underexposed": 1.2, "overexposed": 1.3, "low_contrast": 0.9, "high
              "warm_cast": 0.9, "muted": 0.7, "oversaturated": 0.9, "blurred": 1.6, "noisy": 1.0, "tilted": 0.8,
              "vignetting": 0.6, "subject_centred": 0.1, "subject_left_third": -0.35, "subject_right_third": -0.35,
              "subject_near_edge": 1.3, "background_blurred": -0.45, "subject_blurred": 1.6}  # fmt: skip
-BEST_SCORE = 8.3
+MERITS = {"stands_out_by_light": 0.2, "stands_out_by_colour": 0.25, "calm_background": 0.2, "busy_background": -0.3,
+          "complementary_colours": 0.2, "analogous_colours": 0.2, "symmetric": 0.2}  # fmt: skip
+BEST_SCORE = 8.0  # of a picture without a fault or a merit
 MAX_DRAWBACKS = 4
 MAX_WORDS = 60
 
@@ -105,179 +113,18 @@ def limit_drawbacks(faults: dict[str, float], rng: np.random.Generator) -> None:
         del faults[str(fault)]
 
 
-def score_distribution(faults: dict[str, float], unsure: int, rng: np.random.Generator) -> list[float]:
-    """Shares of the scores 1..10: a normal distribution whose mean falls with the faults and their strength."""
-    mean = BEST_SCORE - 0.3 * unsure
+def score_distribution(
+    faults: dict[str, float], unsure: int, rng: np.random.Generator, qualities: Collection[str] = ()
+) -> list[float]:
+    """Shares of the scores 1..10: a normal distribution whose mean falls with the faults and their strength, and rises
+    a little with the qualities."""
+    mean = BEST_SCORE - 0.3 * unsure + min(sum(MERITS.get(quality, 0) for quality in qualities), 0.7)
     for fault, strength in faults.items():
         penalty = PENALTIES[fault]
         mean -= penalty * (0.4 + 0.6 * strength) if penalty > 0.2 else penalty
     mean, spread = min(max(mean, 1.3), 9.3), rng.uniform(1.1, 1.4)
     weights = np.exp(-0.5 * ((np.arange(1, SCORES + 1) - mean) / spread) ** 2)
     return (weights / weights.sum()).tolist()
-
-
-# Measuring and developing --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Measures:
-    """Figures of a canvas before faults are added, in codes 0..1.
-
-    `corners` is the brightness of the brightest corner over that of the middle, `detail` the mean step between
-    neighbouring pixels, and `sharp_share` the share of the picture that has such steps: low in fog, in the sky and in
-    a background out of focus. `floor` is the step in the smoothest parts, where it is grain.
-    """
-
-    luma: float
-    spread: float
-    chroma: float
-    warmth: float
-    corners: float
-    detail: float
-    sharp_share: float
-    floor: float
-    hue: str
-    brightest: str
-
-
-def measure(canvas: Image.Image) -> Measures:
-    coarse = np.asarray(canvas)[::4, ::4].astype(np.float32) / 255
-    luma = coarse @ LUMA
-    rows = np.asarray(canvas.convert("L"))[::2].astype(np.int16)
-    steps = np.abs(rows[:, 1:] - rows[:, :-1])
-    height, width = steps.shape[0] // 8 * 8, steps.shape[1] // 16 * 16
-    blocks = steps[:height, :width].reshape(height // 8, 8, width // 16, 16).mean((1, 3)) / 255
-    height, width = luma.shape
-    ends_y, ends_x = (slice(height // 8), slice(-height // 8, None)), (slice(width // 8), slice(-width // 8, None))
-    brightest_corner = max(float(luma[y, x].mean()) for y in ends_y for x in ends_x)
-    middle = luma[height // 4 : -height // 4, width // 4 : -width // 4]
-    means = coarse.mean((0, 1))
-    return Measures(
-        luma=float(luma.mean()),
-        spread=float(luma.std()),
-        chroma=chroma_level(coarse),
-        warmth=float(means[0] - means[2]),
-        corners=brightest_corner / (float(middle.mean()) + 1e-3),
-        detail=float(blocks.mean()),
-        sharp_share=float((blocks > 0.016).mean()),
-        floor=float(np.percentile(blocks, 8)),
-        hue=_leading_hue(coarse),
-        brightest=_brightest(luma),
-    )
-
-
-def _leading_hue(codes: np.ndarray) -> str:
-    """The family of hues that covers most of the picture, "" when none covers a good part of it."""
-    coloured = largest(codes) - smallest(codes) > 0.1
-    if coloured.mean() < 0.3:
-        return ""
-    red, green, blue = np.moveaxis(codes[coloured], -1, 0)
-    angle = np.degrees(np.arctan2(math.sqrt(3) * (green - blue), 2 * red - green - blue)) % 360
-    names = ("reds", "browns", "greens", "blues", "purples")
-    counts = np.bincount(np.searchsorted((18, 62, 165, 262, 335), angle) % 5, minlength=5)
-    first = int(counts.argmax())
-    return names[first] if counts[first] > 0.3 * coloured.size and counts[first] > 0.55 * counts.sum() else ""
-
-
-def _brightest(luma: np.ndarray) -> str:
-    """Which part of the picture is clearly brighter than the rest, "" when none is."""
-    height, width = luma.shape[0] // 3, luma.shape[1] // 3
-    parts = {"top": luma[:height], "bottom": luma[-height:], "left": luma[:, :width], "right": luma[:, -width:]}
-    parts["middle"] = luma[height:-height, width:-width]
-    name, part = max(parts.items(), key=lambda item: item[1].mean())
-    others = (luma.sum() - part.sum()) / max(1, luma.size - part.size)
-    return name if part.mean() - others > 0.13 else ""
-
-
-def unsure_faults(measures: Measures) -> set[str]:
-    """Faults that an unedited picture may be said to have by nature: neither present nor absent."""
-    extremes = {
-        "underexposed": measures.luma < 0.33,
-        "overexposed": measures.luma > 0.62,
-        "low_contrast": measures.spread < 0.14,
-        "high_contrast": measures.spread > 0.30,
-        "cool_cast": measures.warmth < -0.13,
-        "warm_cast": measures.warmth > 0.16,
-        "muted": measures.chroma < 0.07,
-        "oversaturated": measures.chroma > 0.38,
-        "blurred": measures.sharp_share < 0.2,
-        "noisy": measures.floor > 0.025,
-        "vignetting": measures.corners < 0.5,
-    }
-    return {fault for fault, extreme in extremes.items() if extreme}
-
-
-@dataclass(frozen=True)
-class Edits:
-    """The photometric edits of one picture: exposure in EV, contrast and saturation as factors, warmth as half the EV
-    between red and blue, vignette as EV lost in the corners, noise as standard deviation (share of full range)."""
-
-    exposure: float
-    contrast: float
-    warmth: float
-    tint: float
-    saturation: float
-    vignette: float
-    vignette_power: float
-    noise: float
-
-
-def draw_edits(faults: dict[str, float], measures: Measures, rng: np.random.Generator) -> Edits:
-    """The faults at their strengths; where there is none, the ordinary variation that nobody would call a fault."""
-    exposure = faults.get("overexposed", 0) - faults.get("underexposed", 0) or rng.uniform(-0.2, 0.2)
-    contrast = 1.6 ** faults.get("high_contrast", 0) * 0.6 ** faults.get("low_contrast", 0)
-    warmth = 0.5 * (faults.get("warm_cast", 0) - faults.get("cool_cast", 0)) or rng.uniform(-0.1, 0.1)
-    saturation = 2 ** faults.get("oversaturated", 0) * 0.4 ** faults.get("muted", 0)
-    # A crop of a normalised photograph is not quite at the normal level: part of the way back.
-    exposure += float(np.clip(1.3 * math.log2(MIDDLE_LUMA / max(measures.luma, 0.05)), -0.6, 0.6))
-    level = float(np.clip((USUAL_SPREAD / max(measures.spread, 0.05)) ** 0.5, 0.85, 1.25))
-    return Edits(
-        exposure=exposure,
-        contrast=level * (contrast if contrast != 1 else rng.uniform(0.92, 1.12)),
-        warmth=warmth,
-        tint=rng.uniform(-0.04, 0.04),
-        saturation=saturation if saturation != 1 else rng.uniform(0.8, 1.3),
-        vignette=faults.get("vignetting", 0) or rng.uniform(0, 0.2),
-        vignette_power=rng.uniform(2.0, 4.0),
-        noise=min(0.06 * faults.get("noisy", 0), 0.13) or max(0, rng.uniform(-0.008, 0.008)),
-    )
-
-
-def develop(canvas: Image.Image, edits: Edits, rng: np.random.Generator) -> Image.Image:
-    """Light falloff, exposure and white balance in linear light, then contrast, saturation and noise in codes."""
-    linear = TO_LINEAR[np.asarray(canvas)]
-    height, width = linear.shape[:2]
-    if edits.vignette > 0:
-        x, y = (np.linspace(-1, 1, count, dtype=np.float32) ** 2 / 2 for count in (width, height))
-        falloff = np.exp2(-edits.vignette * (x[None] + y[:, None]) ** (edits.vignette_power / 2))
-        linear *= falloff[..., None]
-    gains = np.exp2([edits.warmth, edits.tint, -edits.warmth])
-    means = linear[::4, ::4].mean((0, 1))
-    gains *= (means @ LUMA) / (gains * means @ LUMA + 1e-6)  # a cast alone leaves the brightness as it is
-    linear *= (gains * 2**edits.exposure).astype(np.float32)
-    codes = to_code(linear)
-    luma = codes @ LUMA
-    mean = float(luma.mean())
-    codes -= luma[..., None]
-    # A flatter curve takes some colour with it and a steeper one adds some, but little: saturation is another fault.
-    codes *= edits.saturation * edits.contrast**0.3
-    luma = mean + (luma - mean) * edits.contrast
-    codes += luma[..., None]
-    if edits.noise > 0:
-        codes += _grain(height, width, edits.noise, rng)
-    return Image.fromarray(to_bytes(codes))
-
-
-def _grain(height: int, width: int, sigma: float, rng: np.random.Generator) -> np.ndarray:
-    """Noise of one or of three channels; some is coarser than a pixel, as a camera's own processing leaves it."""
-    channels = 1 if rng.random() < 0.5 or sigma < 0.01 else 3
-    grain = rng.standard_normal((height, width, channels), dtype=np.float32)
-    if sigma > 0.02 and rng.random() < 0.35:
-        grain[1:] += 0.6 * grain[:-1]
-        grain[:, 1:] += 0.6 * grain[:, :-1]
-        grain /= 1.36
-    grain *= sigma
-    return grain
 
 
 # Samples -------------------------------------------------------------------------------------------------------------
@@ -293,51 +140,74 @@ def make_sample(
     fault_probability: float = 0.22,
     strength: tuple[float, float] = (1.0, 2.5),
     composite_share: float = 0.5,
-    natural_share: float = 0.15,
+    natural_share: float = 0.25,
+    light_share: float = 0.1,
+    style_share: float = 0.2,
+    bar_share: float = 0.05,
 ) -> dict[str, Any]:
     """One sample, the same for the same (seed, split, index): a picture and what is true of it.
 
     image: PIL RGB. caption, references: text, and five phrasings of the same truth (the caption is the first).
-    aspect_labels: 18 floats in the order of FAULTS, 1 present, 0 absent, -1 unknown or not applicable.
-    score: shares of the scores 1..10. saliency: float32 (32, 32), the subject's coverage of the whole picture,
-    squashed to a square, all zeros where there is no truth. composite, source, cutout: how it was made.
+    aspects: floats in the order of ASPECTS, 1 present, 0 absent, -1 unknown or not applicable. aspect_labels: the
+    first 18 of them, of FAULTS. degrees: how far what was level runs down toward the right, NaN where the picture does
+    not show what is level. score: shares of the scores 1..10. saliency: float32 (32, 32), the subject's coverage of the
+    whole picture, squashed to a square, all zeros where there is no truth. composite, source, cutout: how it was made.
     strengths: fault -> strength as a multiple of the least that counts as a fault.
 
-    long_side: of the picture, in pixels. fault_probability: of a fault in each photometric aspect. strength: least and
-    greatest multiple of the least fault. composite_share: of samples with a cut-out as their subject. natural_share:
-    of samples that are photographs as they were taken, without any edit.
+    long_side: of the picture, in pixels; some are smaller. fault_probability: of a fault in each photometric aspect.
+    strength: least and greatest multiple of the least fault. Shares of all samples: composite_share, with a cut-out as
+    their subject; natural_share, photographs as they were taken, without any edit; light_share, edited by less than half
+    the least fault, so that nothing is wrong with them; style_share, with a style, which is no fault;
+    bar_share, between black or white bars or in a frame.
     """
     rng = np.random.default_rng([seed, index, int.from_bytes(hashlib.sha256(split.encode()).digest()[:4], "big")])
-    kind = rng.random()
-    composite, natural = kind < composite_share, kind >= 1 - natural_share
-    faults = draw_faults(rng, probability=0 if natural else fault_probability, strength=strength, composite=composite)
+    composite, manner = _draw_manner(rng, composite_share, natural_share, light_share, style_share)
+    probability = 0 if manner in ("natural", "light") else fault_probability
+    faults = draw_faults(rng, probability=probability, strength=strength, composite=composite)
     pool = sources.backgrounds if composite else sources.photos
     photo = pool[int(rng.integers(len(pool)))]
-    framing = draw_framing(photo, _draw_tilt(faults, natural, rng), long_side, rng)
-    canvas = framing.render(photo.raw if natural else photo.normal)
+    tilt = _draw_tilt(faults, photo.level, manner, rng)
+    long_side = round(long_side * rng.uniform(0.7, 1)) if rng.random() < 0.3 else long_side
+    framing = draw_framing(photo, tilt, long_side, rng)
+    canvas = framing.render(photo.raw if manner == "natural" else photo.normal)
     if composite:
         scene = _pasted(canvas, framing, faults, sources, rng)
     else:
-        scene = _plain(canvas, photo, framing, faults, rng)
-    unsure = unsure_faults(scene.measures)
+        scene = _plain(canvas, photo, framing, faults, manner, rng)
+    unsure, likely = unsure_faults(scene.measures), looks_like(scene.canvas, scene.coverage)
     _drop_hidden(faults, unsure)
-    canvas = scene.canvas
-    if not natural:
-        sigma = min(canvas.size) * (0.01 * faults["blurred"] if "blurred" in faults else rng.uniform(0, 0.0025))
-        canvas = canvas.filter(ImageFilter.GaussianBlur(sigma)) if sigma > 0.3 else canvas
-        canvas = develop(canvas, draw_edits(faults, scene.measures, rng), rng)
-    labels = aspect_labels(faults, unsure, subject=scene.placement_known, depth=scene.depth_known)
-    truth = _truth(faults, labels, scene)
+    styles, toned = (), False
+    if manner == "style":
+        styles = draw_styles(rng, cutout=composite, subject=scene.coverage is not None)
+        toned = bool("monochrome" in styles and rng.random() < 0.4)
+        for style in styles:
+            for fault in {fault for names in APART[style] for fault in names}:
+                faults.pop(fault, None)
+    canvas = scene.canvas if manner == "natural" else _edited(scene, faults, styles, toned, manner, rng)
+    known = dict(zip(FAULTS, aspect_labels(faults, unsure, subject=scene.placement_known, depth=scene.depth_known)))
+    if not photo.level:
+        known["tilted"] = -1.0
+    elif "tilted" not in faults and abs(tilt) > 2.4:
+        known["tilted"] = -1.0  # neither level nor clearly tilted
+    likely |= (
+        looks_like(canvas, scene.coverage) if styles else {"monochrome"} if faults.get("muted", 0) > 1.6 else set()
+    )
+    known |= style_labels(known, styles, likely, toned)
+    known |= measure_qualities(canvas, scene.coverage) | _kind_labels(scene.kind)
+    labels = [known[aspect] for aspect in ASPECTS]
+    truth = _truth(faults, labels[: len(FAULTS)], scene, styles)
     references = _phrasings(truth, rng)
+    qualities = [quality for quality in QUALITIES if known[quality] == 1]
+    image, saliency = _with_bars(canvas, scene.saliency, rng) if rng.random() < bar_share else (canvas, scene.saliency)
     return {
-        "image": _as_jpeg(canvas, rng),
+        "image": _as_jpeg(image, rng),
         "caption": references[0],
         "references": references,
-        "aspect_labels": labels,
-        "aspects": labels + [-1.0] * (len(ASPECTS) - len(FAULTS)),
-        "degrees": float("nan"),
-        "score": score_distribution(faults, len(unsure - faults.keys()), rng),
-        "saliency": scene.saliency.astype(np.float32),
+        "aspect_labels": labels[: len(FAULTS)],
+        "aspects": labels,
+        "degrees": framing.slope if photo.level else math.nan,
+        "score": score_distribution(faults, len(unsure - faults.keys()) if not styles else 0, rng, qualities),
+        "saliency": saliency.astype(np.float32),
         "composite": bool(composite),
         "source": photo.id,
         "cutout": scene.cutout,
@@ -345,10 +215,51 @@ def make_sample(
     }
 
 
+def _draw_manner(
+    rng: np.random.Generator, composite: float, natural: float, light: float, style: float
+) -> tuple[bool, str]:
+    """Whether there is a cut-out, and how the picture is treated: "natural" (never with a cut-out), "light", "style"
+    or "faults"."""
+    drawn, other = rng.random(), rng.random()
+    if drawn >= 1 - natural and drawn >= composite:
+        return False, "natural"
+    edited = max(1 - natural, 1e-6)
+    manner = "light" if other < light / edited else "style" if other < (light + style) / edited else "faults"
+    return bool(drawn < composite), manner
+
+
+def _edited(
+    scene: "Scene",
+    faults: dict[str, float],
+    styles: tuple[str, ...],
+    toned: bool,
+    manner: str,
+    rng: np.random.Generator,
+) -> Image.Image:
+    """The scene with its style, its blur and its photometric edits."""
+    canvas = scene.canvas
+    for style in styles:
+        canvas = canvas if style == "monochrome" else apply_light(style, canvas, scene.coverage, rng)
+    if manner == "light":
+        faults = draw_faults(rng, probability=0.35, strength=(0.15, 0.45), composite=False)
+    blur = 0.01 * faults["blurred"] if "blurred" in faults else rng.uniform(0, 0.0025)
+    way = str(rng.choice(BLURS, p=(0.4, 0.25, 0.2, 0.15)))
+    if blur * min(canvas.size) > 0.3:
+        canvas = blurred(canvas, blur * min(canvas.size), way, rng)
+    edits = draw_edits(faults, scene.measures, rng, styles)
+    if "monochrome" in styles:
+        return monochrome(develop(canvas, replace(edits, noise_way="white"), rng), toned, rng)
+    return develop(canvas, edits, rng)
+
+
+def _kind_labels(kind: str) -> dict[str, float]:
+    return {other: float(other == kind) if kind else -1.0 for other in KINDS}
+
+
 @dataclass(frozen=True)
 class Scene:
-    """A picture before its photometric faults and what is known of its subject; `share` is the subject's long side as
-    a share of the picture's (0 for unknown)."""
+    """A picture before its photometric faults and what is known of its subject: `coverage` (canvas size, 0..1) is where
+    it is, None if unknown, `share` its long side as a share of the picture's (0 for unknown)."""
 
     canvas: Image.Image
     measures: Measures
@@ -357,22 +268,39 @@ class Scene:
     depth_known: bool = False
     cutout: str = ""
     share: float = 0.0
+    kind: str = ""
+    coverage: np.ndarray | None = None
 
 
 def _plain(
-    canvas: Image.Image, photo: Photo, framing: Framing, faults: dict[str, float], rng: np.random.Generator
+    canvas: Image.Image,
+    photo: Photo,
+    framing: Framing,
+    faults: dict[str, float],
+    manner: str,
+    rng: np.random.Generator,
 ) -> Scene:
     """A photograph as it is, with its own subject where that is known."""
-    placement, saliency = "", np.zeros((MAP_SIZE, MAP_SIZE), np.float32)
+    placement, saliency, coverage = "", np.zeros((MAP_SIZE, MAP_SIZE), np.float32), None
     if photo.box is not None:
         placement, _ = box_placement(photo, framing)
     if photo.mask is not None:
         covered = subject_map(photo, framing)
-        saliency = covered if covered.mean() > SMALLEST_SUBJECT / 2 else saliency
+        if covered.mean() > SMALLEST_SUBJECT / 2:
+            saliency, coverage = covered, subject_coverage(photo, framing)
     if placement:
         faults[placement] = 1.0
+    measures = measure(canvas)
+    depth_known, drawn, side, power = False, rng.random(), rng.integers(2), rng.uniform(1, 2.5)
+    if coverage is not None and 0.03 < coverage.mean() < 0.6:
+        ground, subject = sharp_shares(canvas, coverage)
+        depth_known = ground > 0.45 and subject > 0.6
+    if depth_known and manner in ("faults", "style") and drawn < 0.5:
+        faults[DEPTHS[side]] = power
+        faults.pop("blurred", None)
+        canvas = defocused(canvas, coverage, DEPTHS[side], power)
     limit_drawbacks(faults, rng)
-    return Scene(canvas, measure(canvas), saliency, placement_known=bool(placement))
+    return Scene(canvas, measures, saliency, bool(placement), depth_known, kind=photo.kind, coverage=coverage)
 
 
 def _pasted(
@@ -391,15 +319,21 @@ def _pasted(
     # What blurs the background for depth must not count as a want of detail.
     measures = replace(measure(canvas), detail=behind.detail, sharp_share=behind.sharp_share, floor=behind.floor)
     saliency = np.asarray(Image.fromarray(coverage).resize((MAP_SIZE, MAP_SIZE), Image.Resampling.BOX))
-    return Scene(canvas, measures, saliency, True, depth_known, name, share)
+    kind = sources.cutout_kinds[name]
+    return Scene(canvas, measures, saliency, True, depth_known, name, share, kind, coverage)
 
 
-def _draw_tilt(faults: dict[str, float], natural: bool, rng: np.random.Generator) -> float:
-    """Degrees to turn the picture by: at least 5 for a fault, at most one else."""
-    side, jitter = rng.choice((-1.0, 1.0)), rng.uniform(-1, 1)
-    if "tilted" in faults:
+def _draw_tilt(faults: dict[str, float], level: bool, manner: str, rng: np.random.Generator) -> float:
+    """Degrees to turn the picture by: at least 5 for a fault, at most one else; now and then between the two, which is
+    neither. Where nothing shows what is level a turn is no fault: it is taken out of `faults`."""
+    side, jitter, between = rng.choice((-1.0, 1.0)), rng.uniform(-1, 1), rng.random() < 0.08
+    if manner == "natural":
+        return 0.0
+    if "tilted" in faults and level:
         return side * min(5 * faults["tilted"], 14)
-    return 0.0 if natural else side * max(0.0, jitter)
+    if faults.pop("tilted", None) or between:
+        return side * (3.75 + 1.25 * jitter)
+    return side * 2.25 * abs(jitter) if manner == "light" else side * max(0.0, jitter)
 
 
 def _drop_hidden(faults: dict[str, float], unsure: set[str]) -> None:
@@ -431,16 +365,20 @@ def aspect_labels(faults: dict[str, float], unsure: set[str], *, subject: bool, 
     return labels
 
 
-def _truth(faults: dict[str, float], labels: list[float], scene: Scene) -> Truth:
+def _truth(faults: dict[str, float], labels: list[float], scene: Scene, styles: tuple[str, ...]) -> Truth:
     known, measures, share = dict(zip(FAULTS, labels)), scene.measures, scene.share
     fine = {aspect for aspect in PHOTOMETRIC if all(known[fault] == 0 for fault in ASPECT_FAULTS[aspect])}
+    if styles:  # what a style does to light and colour is not for praise of their being ordinary
+        fine -= {"exposure", "contrast", "white_balance", "saturation"}
     size = "" if not share else "small" if share < 0.32 else "large" if share > 0.48 else ""
     texture = "busy" if measures.detail > 0.042 else "calm" if measures.detail < 0.016 else ""
     return Truth(
         faults={fault: faults[fault] for fault in FAULTS if fault in faults},
         fine=frozenset(fine),
-        hue=measures.hue,
-        brightest="" if measures.brightest == "middle" and "vignetting" not in fine else measures.brightest,
+        hue="" if styles else measures.hue,
+        brightest=""
+        if styles or (measures.brightest == "middle" and "vignetting" not in fine)
+        else measures.brightest,
         texture="" if "background_blurred" in faults else texture,
         size=size,
     )
@@ -456,10 +394,29 @@ def _phrasings(truth: Truth, rng: np.random.Generator, count: int = 5) -> list[s
     return texts
 
 
+def _with_bars(canvas: Image.Image, saliency: np.ndarray, rng: np.random.Generator) -> tuple[Image.Image, np.ndarray]:
+    """The picture between bars or in a frame, black or white; they are no fault and no subject."""
+    form, shade = str(rng.choice(("letterbox", "pillarbox", "frame"))), int(rng.choice((0, 0, 255)))
+    wide, thin = rng.uniform(0.06, 0.2), rng.uniform(0.02, 0.06)
+    across = {"pillarbox": wide, "frame": thin}.get(form, 0.0)
+    down = {"letterbox": wide, "frame": thin * canvas.width / canvas.height}.get(form, 0.0)
+
+    def framed(image: Image.Image, fill: Any) -> Image.Image:
+        left, top = round(across * image.width), round(down * image.height)
+        whole = Image.new(image.mode, (image.width + 2 * left, image.height + 2 * top), fill)
+        whole.paste(image, (left, top))
+        return whole
+
+    picture = framed(canvas, (shade,) * 3)
+    picture.thumbnail((max(canvas.size),) * 2, Image.Resampling.BICUBIC)
+    seen = framed(Image.fromarray(saliency.astype(np.float32)).resize((320, 320), Image.Resampling.BILINEAR), 0.0)
+    return picture, np.asarray(seen.resize(saliency.shape, Image.Resampling.BOX))
+
+
 def _as_jpeg(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """With the traces that saving leaves."""
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=int(rng.integers(80, 98)), subsampling=int(rng.choice((0, 2))))
+    image.save(buffer, "JPEG", quality=int(rng.integers(50, 99)), subsampling=int(rng.choice((0, 2))))
     return Image.open(buffer).convert("RGB")
 
 
@@ -488,8 +445,13 @@ def contact_sheet(samples: list[dict[str, Any]], columns: int = 4) -> Image.Imag
         left, top = number % columns * width, number // columns * height
         sheet.paste(sample["image"], (left + 10, top + 5))
         mean = sum(share * score for score, share in enumerate(sample["score"], 1))
-        strengths = ", ".join(f"{fault} {strength:.1f}" for fault, strength in sample["strengths"].items())
-        lines = textwrap.wrap(f"[{mean:.1f}] {strengths or 'no fault'}", 54) + textwrap.wrap(sample["caption"], 50)
+        named = [aspect for aspect, label in zip(ASPECTS, sample["aspects"]) if label == 1]
+        verdict = compose_verdict(named, np.random.default_rng(number), sample["strengths"])
+        strengths = ", ".join(
+            f"{aspect} {sample['strengths'][aspect]:.1f}" if aspect in sample["strengths"] else aspect
+            for aspect in named
+        )
+        lines = textwrap.wrap(f"[{mean:.1f}] {strengths or 'nothing'}", 54) + textwrap.wrap(verdict, 50)
         draw.multiline_text((left + 10, top + 330), "\n".join(lines), "black", font)
         if sample["saliency"].any():
             seen = Image.fromarray((sample["saliency"] * 255).astype(np.uint8))

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from critique_captions import ASPECT_FAULTS
 from PIL import Image, ImageFilter
-from scipy.ndimage import map_coordinates
+from scipy.ndimage import gaussian_filter, map_coordinates
 
 
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
@@ -45,6 +45,7 @@ class Photo:
     `box` is the subject's box in the photograph, in fractions of its width and height, when it is known, and `mask` what
     it covers, `(MASK_SIZE, MASK_SIZE)` in 0..1, of a photograph with a subject.
     `luma` and `detail` are 1/8-size maps of brightness and of fine gradient, by which crops are chosen cheaply.
+    `kind` is one of KINDS, "" where that is unsure, and `level` whether a tilt of the photograph could be told.
     """
 
     id: str
@@ -55,6 +56,8 @@ class Photo:
     normal: Image.Image
     luma: np.ndarray
     detail: np.ndarray
+    kind: str = ""
+    level: bool = False
 
 
 @dataclass
@@ -66,6 +69,7 @@ class LoadedSources:
     split: str
     photos: list[Photo] = field(default_factory=list, repr=False)
     cutouts: list[tuple[str, Image.Image]] = field(default_factory=list, repr=False)
+    cutout_kinds: dict[str, str] = field(default_factory=dict, repr=False)
 
     @functools.cached_property
     def backgrounds(self) -> list[Photo]:
@@ -108,6 +112,7 @@ def _load_sources(split: str, directory: Path, listing: Path) -> LoadedSources:
         if entry["split"] == split:
             with Image.open(directory / "cutouts" / f"{entry['id']}.png") as image:
                 sources.cutouts.append((entry["id"], image.convert("RGBA")))
+            sources.cutout_kinds[entry["id"]] = entry.get("kind", "")
     if not sources.backgrounds or not sources.cutouts:
         raise ValueError(
             f"split {split!r} of {listing} has {len(sources.backgrounds)} usable backgrounds and "
@@ -144,13 +149,36 @@ def _load_photo(entry: dict, path: Path, mask: np.ndarray | None, softest: float
         box = tuple(np.divide(box, [*raw.size, *raw.size])) if max(box) > 1 else tuple(box)
     luma = normal.astype(np.float32) @ LUMA / 255
     detail = np.abs(luma[1:, 1:] - luma[:-1, 1:]) + np.abs(luma[1:, 1:] - luma[1:, :-1])
-    normal = Image.fromarray(normal)
-    return Photo(entry["id"], bool(entry.get("subject")), box, mask, raw, normal, _eighth(luma), _eighth(detail))
+    normal, kind = Image.fromarray(normal), entry.get("kind", "")
+    maps, level = (_eighth(luma), _eighth(detail)), has_level(raw, kind)
+    return Photo(entry["id"], bool(entry.get("subject")), box, mask, raw, normal, *maps, kind, level)
 
 
 def _eighth(values: np.ndarray) -> np.ndarray:
     height, width = values.shape[0] // 8, values.shape[1] // 8
     return values[: height * 8, : width * 8].reshape(height, 8, width, 8).mean((1, 3))
+
+
+LEVEL_KINDS = ("building", "landscape", "vehicle")
+
+
+def has_level(photo: Image.Image, kind: str) -> bool:
+    """Whether an upright photograph shows by what it is level: a horizon or walls. Other kinds of subject have none."""
+    return kind in (*LEVEL_KINDS, "") and level_edges(photo) > (1.7 if kind else 3.0)
+
+
+def level_edges(photo: Image.Image) -> float:
+    """How much of the clear straight edges lies within 4 degrees of level or plumb: 1 for as much as by chance."""
+    small = photo.convert("L")
+    small.thumbnail((400, 400))
+    luma = gaussian_filter(np.asarray(small).astype(np.float32) / 255, 1.0)
+    down, across = np.gradient(luma)
+    xx, yy, xy = (gaussian_filter(values, 2.0) for values in (across**2, down**2, across * down))
+    coherence = np.hypot(xx - yy, 2 * xy) / (xx + yy + 1e-5)
+    degrees = np.degrees(np.arctan2(2 * xy, xx - yy)) / 2
+    weights = np.sqrt(xx + yy) * (coherence > 0.8)
+    off = np.abs((degrees + 45) % 90 - 45)
+    return float(weights[off < 4].sum() / (weights.sum() + 1e-6) / (4 / 45))
 
 
 def normalise(pixels: np.ndarray) -> np.ndarray:
@@ -229,16 +257,23 @@ def acutance(pixels: np.ndarray) -> float:
 @dataclass(frozen=True)
 class Framing:
     """Which part of a photograph a canvas shows: `crop` (left, top, right, bottom in pixels of the photograph),
-    turned by `degrees` about its middle, mirrored, at `size` (width, height) pixels cut from `inner` ones."""
+    turned by `degrees` about its middle, mirrored, at `size` (width, height) pixels cut from `inner` ones, scaled by
+    the filter `resample`."""
 
     crop: tuple[float, float, float, float]
     size: tuple[int, int]
     inner: tuple[int, int]
     degrees: float
     mirrored: bool
+    resample: Image.Resampling = Image.Resampling.BICUBIC
+
+    @property
+    def slope(self) -> float:
+        """Degrees by which what was level runs down toward the right of the canvas."""
+        return -self.degrees if self.mirrored else self.degrees
 
     def render(self, image: Image.Image) -> Image.Image:
-        canvas = image.resize(self.inner, Image.Resampling.BICUBIC, box=self.crop, reducing_gap=3.0)
+        canvas = image.resize(self.inner, self.resample, box=self.crop, reducing_gap=3.0)
         if self.degrees:
             canvas = turned(canvas, self.degrees, self.size)
         return canvas.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.mirrored else canvas
@@ -305,7 +340,11 @@ def _draw_framing(photo: Photo, degrees: float, long_side: int, rng: np.random.G
     left = rng.uniform(0, 1) * max(0, photo.raw.width - width)
     top = rng.uniform(0, 1) * max(0, photo.raw.height - height)
     crop = (left, top, min(left + width, photo.raw.width), min(top + height, photo.raw.height))
-    return Framing(crop, size, inner, degrees, bool(rng.random() < 0.5))
+    mirrored, resample = bool(rng.random() < 0.5), _FILTERS[rng.choice(4, p=(0.2, 0.4, 0.3, 0.1))]
+    return Framing(crop, size, inner, degrees, mirrored, resample)
+
+
+_FILTERS = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS, Image.Resampling.HAMMING)
 
 
 def _framing_cost(photo: Photo, framing: Framing) -> float:
@@ -345,6 +384,35 @@ def subject_map(photo: Photo, framing: Framing) -> np.ndarray:
     inside = (np.minimum(columns, rows) > -1) & (np.maximum(columns, rows) < MASK_SIZE)
     seen = map_coordinates(photo.mask, (rows, columns), order=1, mode="nearest") * inside
     return seen.reshape(MAP_SIZE, 4, MAP_SIZE, 4).mean((1, 3)).astype(np.float32)
+
+
+def subject_coverage(photo: Photo, framing: Framing) -> np.ndarray:
+    """What a photograph's own subject covers of the canvas, as float32 `(height, width)` in 0..1 with a soft edge."""
+    width, height = framing.size
+    across = (np.arange(0, width, 4, dtype=np.float32) + 2) / width
+    down = (np.arange(0, height, 4, dtype=np.float32) + 2) / height
+    x, y = framing.to_photo(*np.meshgrid(across, down))
+    columns, rows = x / photo.raw.width * MASK_SIZE - 0.5, y / photo.raw.height * MASK_SIZE - 0.5
+    inside = (np.minimum(columns, rows) > -1) & (np.maximum(columns, rows) < MASK_SIZE)
+    seen = map_coordinates(photo.mask, (rows, columns), order=1, mode="nearest") * inside
+    seen = np.clip((seen.astype(np.float32) - 0.25) / 0.5, 0, 1)  # the mask's own edge is wide
+    return np.asarray(Image.fromarray(seen).resize(framing.size, Image.Resampling.BILINEAR))
+
+
+def defocused(canvas: Image.Image, coverage: np.ndarray, fault: str, strength: float) -> Image.Image:
+    """A photograph whose ground ("background_blurred") or subject is put out of focus, as `place_cutout` does it."""
+    short_side, pixels = min(canvas.size), np.asarray(canvas).astype(np.float32) / 255
+    if fault == "background_blurred":
+        layer, sigma = 1 - coverage, min(0.015 * strength, 0.035) * short_side
+    else:
+        layer, sigma = coverage, min(0.012 * strength, 0.03) * short_side
+    # Each layer is blurred by itself, so that the sharp one leaves no halo in the other.
+    premultiplied = np.concatenate([pixels * layer[..., None], layer[..., None]], -1)
+    soft = np.asarray(Image.fromarray(to_bytes(premultiplied), "RGBA").filter(ImageFilter.GaussianBlur(sigma)))
+    soft = soft.astype(np.float32) / 255
+    colour, spread = soft[..., :3] / np.maximum(soft[..., 3:], 1 / 64), soft[..., 3:]
+    share = layer[..., None] if fault == "background_blurred" else np.maximum(spread, layer[..., None] * 0.9)
+    return Image.fromarray(to_bytes(share * colour + (1 - share) * pixels))
 
 
 # Composites ----------------------------------------------------------------------------------------------------------
