@@ -1,18 +1,21 @@
 """The bundled model: what the folder holds, and that training and evaluation run end to end, small."""
 
+import functools
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import evaluate_ase_mini
 import numpy as np
 import pytest
+import torch
 import train_ase_mini
 from common import critique
-from critique_captions import FAULTS
+from critique_captions import ASPECTS, FAULTS, named_aspects
 from huggingface_hub import ModelCard
 from PIL import Image, ImageEnhance
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, Dinov2Config, Dinov2Model
 
 
 ROOT = Path(__file__).parents[1]
@@ -43,25 +46,84 @@ def test_faults_are_named_and_lower_the_score():
     assert dark["score"]["mean"] < plain["score"]["mean"] - 0.5
 
 
+@pytest.fixture
+def encoder(tmp_path):
+    """A folder with a small encoder of the right depth."""
+    config = Dinov2Config(hidden_size=32, num_attention_heads=2, num_hidden_layers=10, image_size=224, patch_size=14)
+    Dinov2Model(config).save_pretrained(tmp_path / "encoder")
+    return tmp_path / "encoder"
+
+
 @pytest.mark.slow
-def test_training_and_evaluation_run_small(tmp_path, monkeypatch, critique_sources):
+def test_training_and_evaluation_run_small(tmp_path, monkeypatch, critique_sources, encoder):
     for script in (train_ase_mini, evaluate_ase_mini):
         monkeypatch.setattr(script, "load_sources", lambda split, folder: critique_sources[split])
-    out, figures = tmp_path / "out", tmp_path / "figures.json"
-    arguments = f"--samples 4 --batch-size 2 --vocabulary-samples 8 --workers 0 --work {tmp_path / 'work'} --out {out}"
-    monkeypatch.setattr(sys, "argv", ["train_ase_mini.py", *arguments.split()])
-    train_ase_mini.main()
-    stages = {path.stem for path in (tmp_path / "work").glob("*.json")}
-    assert stages == set(train_ase_mini.STAGES)
+    out, figures, work = tmp_path / "out", tmp_path / "figures.json", tmp_path / "work"
+    arguments = f"--encoder {encoder} --pictures 20 --samples 4 --batch-size 2 --workers 1 --work {work} --out {out}"
+    train_ase_mini.main(arguments.split())
+    assert {path.stem for path in work.glob("*.json")} == {"module", "critique"}
     (out / "README.md").write_text((BUNDLE / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
     arguments = f"--model {out} --samples 4 --batch-size 2 --json {figures}"
     monkeypatch.setattr(sys, "argv", ["evaluate_ase_mini.py", *arguments.split()])
     evaluate_ase_mini.main()
-    measured = json.loads(figures.read_text())["from the least strength up"]
+    measured = json.loads(figures.read_text())["own edits"]
     assert measured["pictures"] == 4
     card = ModelCard.load(out / "README.md")
     metrics = {result.metric_name: result.metric_value for result in card.data.eval_results}
     assert metrics["CIDEr"] == round(measured["text"]["CIDEr"], 4)
+
+
+def test_pictures_come_in_while_a_stage_runs(tmp_path, monkeypatch, critique_sources):
+    monkeypatch.setattr(train_ase_mini, "load_sources", lambda split, folder: critique_sources[split])
+    monkeypatch.setattr(train_ase_mini, "SHARD", 2)
+    make = functools.partial(train_ase_mini.make_shard, folder=tmp_path, name="train", number=5, seed=0, sources=None)
+    make(0)
+    pool = train_ase_mini.Pool(tmp_path, "train", torch.device("cpu"))
+    first = {name: column.clone() for name, column in pool.columns.items()}
+    make(2), make(4)
+    pool.refresh(), pool.refresh()
+    assert len(pool) == 5
+    assert all(torch.equal(pool.columns[name][:2], column) for name, column in first.items())
+    with pytest.raises(FileNotFoundError, match="--stage pictures"):
+        train_ase_mini.Pool(tmp_path, "validation", torch.device("cpu"))
+
+
+def test_a_text_learns_the_verdict_that_it_is_given(tmp_path, monkeypatch, critique_sources, encoder):
+    """In the lesson the verdict token is made of the verdict that the text was composed of, whatever the module finds."""
+    monkeypatch.setattr(train_ase_mini, "load_sources", lambda split, folder: critique_sources[split])
+    train_ase_mini.make_pictures(tmp_path, "train", 3, 0, None, 1)
+    pool = train_ase_mini.Pool(tmp_path, "train", torch.device("cpu"))
+    processor = train_ase_mini.build_processor(["A plain record of what was there."] * 5)
+    model = train_ase_mini.build_model(processor, encoder)
+    verdicts, tokens = train_ase_mini.write_critiques(model.eval(), processor, pool, 1, 0)
+    assert verdicts.shape == (3, 3, len(ASPECTS)) and tokens.shape[:2] == (3, 3)
+    for verdict, row in zip(verdicts.flatten(0, 1), tokens.flatten(0, 1)):
+        text = processor.tokenizer.decode(row, skip_special_tokens=True)
+        assert named_aspects(text) == {name for name, sign in zip(ASPECTS, verdict) if sign > 0}
+    lesson = train_ase_mini.CritiqueLesson(model, pool, verdicts, tokens)
+    lesson.set_prompt(processor)
+    seen = []
+    handle = model.model.iasm.verdict.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    lesson(torch.tensor([0, 4]))["loss"].backward()
+    assert torch.equal(seen[0], torch.stack([verdicts[0, 0], verdicts[1, 1]]))
+    assert model.model.iasm.verdict.weight.grad is not None and model.model.iasm.queries.grad is None
+    with torch.no_grad():
+        model.get_image_features(pixel_values=pool.pixels(torch.tensor([0])))
+    assert torch.equal(seen[1], (train_ase_mini.find_aspects(model, pool)[:1] > 0).float() * 2 - 1)
+    handle.remove()
+
+
+def test_thresholds_are_set_where_few_alarms_are_raised(monkeypatch):
+    """Logits of a head that is never half sure: its bias moves up until most faults are found."""
+    truth = torch.tensor([1] * 20 + [0] * 180, dtype=torch.int8).unsqueeze(1)
+    logits = torch.linspace(-3, -1, 200).flip(0).unsqueeze(1)  # faults first
+    head = torch.nn.Linear(1, 1)
+    torch.nn.init.zeros_(head.bias)
+    model = SimpleNamespace(model=SimpleNamespace(iasm=SimpleNamespace(aspect_head=head)))
+    monkeypatch.setattr(train_ase_mini, "find_aspects", lambda model, pool: logits)
+    train_ase_mini.calibrate(model, SimpleNamespace(columns={"aspects": truth}))
+    said = (logits + head.bias > 0).squeeze(1)
+    assert said[:20].all() and not said[20:].any()
 
 
 def test_fault_rates_against_hand_counts():

@@ -4,21 +4,27 @@ Measures the bundled model on held-out photographs and cut-outs, and writes the 
     python examples/critique/evaluate_ase_mini.py                                   # the card's figures, a few minutes on a CPU
     python examples/critique/evaluate_ase_mini.py --samples 40 --no-card            # a look
 
-The pictures come from the critique generator's test split, so no photograph and no cut-out was seen in training. Needs
-the extra `evaluation`. Two sets are measured: faults "from the least strength that counts up" (as in training) and faults
-"at the least strength". What a caption names is read from its words by `critique_captions.named_faults`.
+No photograph and no cut-out was seen in training. Two sets of pictures have faults: the generator's own from the least
+strength up (`own edits`, as in training) and those of `foreign_edits.py`, by other means (`foreign edits`). What a text
+names is read from its words by `critique_captions.named_aspects`. Besides, on photographs as they were taken: what is
+said of them without cause, where the map lies, and whether the verdict stays what it is when the file is saved anew.
+Needs the extra `evaluation`.
 """
 
 import argparse
+import io
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from critique_captions import ASPECT_FAULTS, FAULTS, named_faults
-from critique_data import critique_dataset, load_sources
+from critique_captions import ASPECT_FAULTS, ASPECTS, FAULTS, compose_verdict, named_aspects
+from critique_data import PENALTIES, critique_dataset, load_sources
+from foreign_edits import make_foreign_sample
 from huggingface_hub import EvalResult, ModelCard
+from PIL import Image
 from scipy.stats import rankdata, spearmanr
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -33,32 +39,59 @@ import ase_mllm  # noqa: F401  (registers the Auto classes)
 
 
 BUNDLE = Path(__file__).parents[1] / "ase-mini"
-SETS = {"from the least strength up": (1.0, 2.5), "at the least strength": (1.0, 1.0)}
+PHOTOS = Path(__file__).parents[1] / "photos"
 APART = ("level", "placement")  # reported beside the macro average, not in it
-PROTOCOL = "all five references; lower-case words, no punctuation; pycocoevalcap"
+PROTOCOL = "five references, composed of the truth; lower-case words, no punctuation; pycocoevalcap"
+MAP_SIZE = 32
 
 
-def caption_set(model, processor, rows, batch_size: int, **options) -> dict[str, list]:
-    """Captions, scores, maps and truths of all rows; `options` are those of `generate()`."""
-    answers, truths = [], [rows[index] for index in range(len(rows))]
-    for start in tqdm(range(0, len(rows), batch_size)):
-        images = [row["image"] for row in truths[start : start + batch_size]]
-        answers += critique(model, processor, images, [(32, 32)] * len(images), **options)
+def answers_to(model, processor, images: Sequence[Image.Image], batch_size: int, **options) -> list[dict]:
+    """Caption, score, aspects and map of each picture; `options` are those of `generate()`."""
+    answers = []
+    for start in tqdm(range(0, len(images), batch_size)):
+        batch = images[start : start + batch_size]
+        answers += critique(model, processor, batch, [(MAP_SIZE, MAP_SIZE)] * len(batch), **options)
+    return answers
+
+
+def caption_set(model, processor, rows: Sequence[dict], batch_size: int, **options) -> dict[str, list]:
+    """Captions, scores, maps and truths of all rows."""
+    truths = [rows[index] for index in range(len(rows))]
+    answers = answers_to(model, processor, [row["image"] for row in truths], batch_size, **options)
+    rng = np.random.default_rng(0)
     return {
         "caption": [answer["caption"] for answer in answers],
+        "verdict": [verdict(answer) for answer in answers],
         "score": [answer["score"]["mean"] for answer in answers],
         "map": [answer["heat"].numpy() for answer in answers],
-        "references": [row["references"] for row in truths],
+        "references": [[compose_verdict(present(row), rng) for _ in range(5)] for row in truths],
         "labels": [dict(zip(FAULTS, row["aspect_labels"])) for row in truths],
         "composite": [row["composite"] for row in truths],
-        "true_score": [float(np.dot(row["score"], np.arange(1, 11))) for row in truths],
+        "true_score": [true_score(row) for row in truths],
         "mask": [row["saliency"] for row in truths],
     }
 
 
+def verdict(answer: dict) -> set[str]:
+    """What the labels say: every aspect at 0.5 or above."""
+    return {name for name, share in answer["aspects"].items() if share >= 0.5}
+
+
+def present(row: dict) -> set[str]:
+    """All aspects that are known to be there."""
+    return {name for name, label in zip(ASPECTS, row.get("aspects", row["aspect_labels"])) if label == 1}
+
+
+def true_score(row: dict) -> float:
+    """The generator's, or where it gave none, what the faults cost."""
+    if any(row["score"]):
+        return float(np.dot(row["score"], np.arange(1, 11)))
+    return -sum(PENALTIES[fault] for fault in present(row) & PENALTIES.keys())
+
+
 def fault_rates(captions: list[str], labels: list[dict[str, float]]) -> dict[str, tuple[float, float, int]]:
     """Per aspect: share of present faults that are named, share of pictures without one where one is named, faults."""
-    named = [named_faults(caption) for caption in captions]
+    named = [named_aspects(caption) for caption in captions]
     rates = {}
     for aspect, faults in ASPECT_FAULTS.items():
         hits = [fault in names for names, truth in zip(named, labels) for fault in faults if truth[fault] == 1]
@@ -91,57 +124,119 @@ def saliency_scores(maps: list[np.ndarray], masks: list[np.ndarray]) -> dict[str
     return dict(zip(("CC", "NSS", "AUC"), np.mean(rows, axis=0).tolist())) | {"pictures": len(rows)}
 
 
-def measure(model, processor, split_rows: dict, train_rows, batch_size: int) -> dict:
-    """All figures, by set."""
-    centre = np.mean([np.asarray(train_rows[i]["saliency"]) for i in range(len(train_rows))], axis=0)
-    figures = {}
-    for name, rows in split_rows.items():
-        found = caption_set(model, processor, rows, batch_size)
-        rates = fault_rates(found["caption"], found["labels"])
-        pasted = [index for index, composite in enumerate(found["composite"]) if composite]
-        placed = fault_rates([found["caption"][i] for i in pasted], [found["labels"][i] for i in pasted])["placement"]
-        macro = [rates[aspect] for aspect in ASPECT_FAULTS if aspect not in APART]
-        shuffled = found["references"][1:] + found["references"][:1]  # rows are independent: the next is a wrong photo
-        figures[name] = {
-            "pictures": len(rows),
-            "aspects": {**rates, "placement, composites": placed},
-            "macro recall": _mean([recall for recall, _, _ in macro]),
-            "largest false alarm": max(alarm for _, alarm, _ in macro),
-            "text": caption_scores(found["caption"], found["references"]),
-            "wrong photo": caption_scores(found["caption"], shuffled),
-            "length ratio": _mean([len(words(text)) for text in found["caption"]])
-            / _mean([len(words(text)) for texts in found["references"] for text in texts]),
-            "SRCC": float(spearmanr(found["score"], found["true_score"]).statistic),
-            "saliency": saliency_scores(found["map"], found["mask"]),
-            "centre bias": saliency_scores([centre] * len(rows), found["mask"]),
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        }
-    return figures
+def measure_edits(found: dict[str, list], centre: np.ndarray) -> dict:
+    """Figures of one set of pictures with faults."""
+    rates = fault_rates(found["caption"], found["labels"])
+    pasted = [index for index, composite in enumerate(found["composite"]) if composite]
+    plain = [index for index, composite in enumerate(found["composite"]) if not composite]
+
+    def of(indices: list[int]) -> tuple[float, float, int]:
+        return fault_rates([found["caption"][i] for i in indices], [found["labels"][i] for i in indices])["placement"]
+
+    macro = [rates[aspect] for aspect in ASPECT_FAULTS if aspect not in APART]
+    subject = [i for i, labels in enumerate(found["labels"]) if labels["subject_blurred"] == 1]
+    said = [named_aspects(caption) for caption in found["caption"]]
+    shuffled = found["references"][1:] + found["references"][:1]  # rows are independent: the next is a wrong photo
+    masks = [found["mask"][i] for i in pasted]
+    return {
+        "pictures": len(said),
+        "aspects": {**rates, "placement, composites": of(pasted), "placement, photographs": of(plain)},
+        "macro recall": _mean([recall for recall, _, _ in macro]),
+        "mean false alarm": _mean([alarm for _, alarm, _ in macro]),
+        "subject blurred": (_mean(["subject_blurred" in said[i] for i in subject]), len(subject)),
+        "text": caption_scores(found["caption"], found["references"]),
+        "wrong photo": caption_scores(found["caption"], shuffled),
+        "length ratio": _mean([len(words(text)) for text in found["caption"]])
+        / _mean([len(words(text)) for texts in found["references"] for text in texts]),
+        "SRCC": float(spearmanr(found["score"], found["true_score"]).statistic),
+        "saliency": saliency_scores([found["map"][i] for i in pasted], masks),
+        "centre bias": saliency_scores([centre] * len(masks), masks),
+        "agreement": _mean([names == labels for names, labels in zip(said, found["verdict"], strict=True)]),
+    }
+
+
+def measure_photographs(model, processor, test, train, batch_size: int) -> dict:
+    """Figures of the held-out photographs as they were taken."""
+    photos = [photo for photo in test.photos if photo.mask is not None]
+    answers = answers_to(model, processor, [photo.raw for photo in test.photos], batch_size)
+    masks = [_small(photo.mask) for photo in photos]
+    maps = [answer["heat"].numpy() for answer, photo in zip(answers, test.photos) if photo.mask is not None]
+    centre = np.mean([_small(photo.mask) for photo in train.photos if photo.mask is not None], axis=0)
+    faults = [[bool(verdict(answer) & set(names)) for answer in answers] for names in photometric().values()]
+    return {
+        "photographs": len(answers),
+        "false alarms": dict(zip(photometric(), map(_mean, faults))),
+        "mean false alarm": float(np.mean(faults)),
+        "masks": len(masks),
+        "saliency": saliency_scores(maps, masks),
+        "centre bias": saliency_scores([centre] * len(masks), masks),
+    }
+
+
+def photometric() -> dict[str, tuple[str, ...]]:
+    return {aspect: names for aspect, names in ASPECT_FAULTS.items() if aspect not in ("placement", "depth")}
+
+
+def _small(mask: np.ndarray) -> np.ndarray:
+    return np.asarray(Image.fromarray(mask).resize((MAP_SIZE, MAP_SIZE), Image.Resampling.BOX))
+
+
+def measure_copies(model, processor, photos: list[Image.Image], batch_size: int) -> dict[str, float]:
+    """Share of the photographs whose verdict is the same from another file, and of those in grey that are called muted."""
+    copies = {
+        "JPEG 95": [_as_jpeg(photo, 95) for photo in photos],
+        "JPEG 85": [_as_jpeg(photo, 85) for photo in photos],
+        "at 90 % size": [photo.resize((photo.width * 9 // 10, photo.height * 9 // 10)) for photo in photos],
+    }
+    first = [verdict(answer) for answer in answers_to(model, processor, photos, batch_size)]
+    same = {}
+    for name, images in copies.items():
+        again = [verdict(answer) for answer in answers_to(model, processor, images, batch_size)]
+        same[name] = _mean([one == other for one, other in zip(first, again)])
+    grey = answers_to(model, processor, [photo.convert("L").convert("RGB") for photo in photos], batch_size)
+    return same | {"monochrome called muted": _mean(["muted" in verdict(answer) for answer in grey])}
+
+
+def _as_jpeg(image: Image.Image, quality: int) -> Image.Image:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return Image.open(buffer).convert("RGB")
 
 
 def as_markdown(figures: dict) -> str:
     """The card's tables."""
-    sets = list(figures.values())
-    lines = ["| aspect | " + " | ".join(f"recall, {name} | false alarms | faults" for name in figures) + " |"]
+    sets = [figures["own edits"], figures["foreign edits"]]
+    names = ("own edits", "foreign edits")
+    lines = ["| aspect | " + " | ".join(f"recall, {name} | false alarms | faults" for name in names) + " |"]
     lines.append("|---" * (1 + 3 * len(sets)) + "|")
     for aspect in sets[0]["aspects"]:
         cells = [f"{r:.0%} | {a:.1%} | {n}" for r, a, n in (one["aspects"][aspect] for one in sets)]
         lines.append(f"| {aspect.replace('_', ' ')} | " + " | ".join(cells).replace("nan%", "-") + " |")
-    macro = [f"{one['macro recall']:.0%} | at most {one['largest false alarm']:.1%} | " for one in sets]
+    macro = [f"{one['macro recall']:.0%} | {one['mean false alarm']:.1%} | " for one in sets]
     lines += ["| **macro** (without level and placement) | " + " | ".join(macro) + " |", ""]
-    lines += ["| figure | " + " | ".join(figures) + " |", "|---" * (1 + len(sets)) + "|"]
+    lines += ["| figure | " + " | ".join(names) + " |", "|---" * (1 + len(sets)) + "|"]
     rows = {
-        metric: [f"{one['text'][metric]:.3f} (wrong photo {one['wrong photo'][metric]:.3f})" for one in sets]
-        for metric in ("CIDEr", "BLEU-4", "ROUGE-L")
+        "text says just what the labels say": [f"{one['agreement']:.0%}" for one in sets],
+        "subject blurred, named": ["{:.0%} of {}".format(*one["subject blurred"]) for one in sets],
+        "score SRCC": [f"{one['SRCC']:.3f}" for one in sets],
     }
-    rows["caption length / reference length"] = [f"{one['length ratio']:.2f}" for one in sets]
-    rows["score SRCC"] = [f"{one['SRCC']:.3f}" for one in sets]
     for metric in ("AUC", "NSS", "CC"):
         pairs = [(one["saliency"][metric], one["centre bias"][metric]) for one in sets]
-        rows[f"saliency {metric}"] = [f"{own:.3f} (centre bias {bias:.3f})" for own, bias in pairs]
+        rows[f"saliency {metric}, composites"] = [f"{own:.3f} (centre bias {bias:.3f})" for own, bias in pairs]
+    for metric in ("CIDEr", "BLEU-4", "ROUGE-L"):
+        rows[metric] = [f"{one['text'][metric]:.3f} (wrong photo {one['wrong photo'][metric]:.3f})" for one in sets]
+    rows["caption length / reference length"] = [f"{one['length ratio']:.2f}" for one in sets]
     lines += [f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows.items()]
-    pictures = ", ".join(f"{one['pictures']} pictures {name}" for name, one in figures.items())
-    about = f"Text metrics: {PROTOCOL}. Measured on {pictures}. {sets[0]['parameters'] / 1e6:.2f} million parameters."
+    raw, copies = figures["photographs"], figures["copies"]
+    lines += ["", f"| {raw['photographs']} held-out photographs as they were taken | |", "|---|---|"]
+    lines.append(f"| a fault is named, mean of {len(raw['false alarms'])} aspects | {raw['mean false alarm']:.1%} |")
+    for metric in ("AUC", "NSS", "CC"):
+        own, bias = raw["saliency"][metric], raw["centre bias"][metric]
+        lines.append(f"| saliency {metric}, {raw['masks']} with a mask | {own:.3f} (centre bias {bias:.3f}) |")
+    lines += [f"| same verdict, {name} | {share:.0%} |" for name, share in copies.items() if "muted" not in name]
+    lines.append(f"| the bundled photographs in grey, called muted | {copies['monochrome called muted']:.0%} |")
+    pictures = ", ".join(f"{one['pictures']} pictures with {name}" for name, one in zip(names, sets))
+    about = f"Text metrics: {PROTOCOL}. Measured on {pictures}. {figures['parameters'] / 1e6:.2f} million parameters."
     return "\n".join([*lines, "", about])
 
 
@@ -149,7 +244,7 @@ def write_card(path: Path, figures: dict) -> None:
     """Puts the tables between the card's marks and the main figures into its metadata."""
     write_between(path, "<!-- figures: begin -->", "<!-- figures: end -->", as_markdown(figures))
     card = ModelCard.load(path)
-    name, measured = next(iter(figures.items()))
+    name, measured = "own edits", figures["own edits"]
     values = {
         "macro fault recall": measured["macro recall"],
         "CIDEr": measured["text"]["CIDEr"],
@@ -193,14 +288,20 @@ def main() -> None:
 
     # Data
     test, train = load_sources("test", args.sources), load_sources("train", args.sources)
-    rows = {
-        name: critique_dataset("test", args.samples, seed=args.seed, sources=test, strength=strength)
-        for name, strength in SETS.items()
-    }
+    own = critique_dataset("test", args.samples, seed=args.seed, sources=test)
+    foreign = [make_foreign_sample(index, "test", args.seed, test) for index in range(args.samples)]
     train_rows = critique_dataset("train", min(args.samples, 500), seed=args.seed, sources=train)
+    centre = np.mean([np.asarray(train_rows[i]["saliency"]) for i in range(len(train_rows))], axis=0)
+    bundled = [Image.open(path).convert("RGB") for path in sorted(PHOTOS.glob("*.jpg"))]
 
     # Run
-    figures = measure(model, processor, rows, train_rows, args.batch_size)
+    figures = {
+        name: measure_edits(caption_set(model, processor, rows, args.batch_size), centre)
+        for name, rows in (("own edits", own), ("foreign edits", foreign))
+    }
+    figures["photographs"] = measure_photographs(model, processor, test, train, args.batch_size)
+    figures["copies"] = measure_copies(model, processor, bundled, args.batch_size)
+    figures["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     print(as_markdown(figures))
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")

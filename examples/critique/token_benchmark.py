@@ -23,7 +23,7 @@ import torch
 from critique_captions import ASPECT_FAULTS, named_faults
 from critique_data import critique_dataset, load_sources
 from evaluate_ase_mini import APART, BUNDLE, caption_set
-from train_ase_mini import LEARNING_RATES, OPTIONS, make_optimizer
+from train_ase_mini import make_optimizer
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -62,7 +62,7 @@ def train(kind: type[Trainer], model: PreTrainedModel, processor: Any, args: arg
     model.requires_grad_(True)
     model.model.iasm.requires_grad_(False)
     sources = load_sources("train", args.sources)
-    rows = critique_dataset("train", args.train, seed=11, sources=sources, **OPTIONS["critique"])
+    rows = critique_dataset("train", args.train, seed=11, sources=sources, strength=(1.0, 1.6), composite_share=0.6)
     arguments = TrainingArguments(
         output_dir="runs/token-benchmark",
         use_cpu=not torch.cuda.is_available(),
@@ -76,7 +76,7 @@ def train(kind: type[Trainer], model: PreTrainedModel, processor: Any, args: arg
         disable_tqdm=True,
         seed=args.seed,
     )
-    optimizer = make_optimizer(model, LEARNING_RATES["critique"], gates=10)
+    optimizer = make_optimizer(model, 3e-4, gates=10, iasm=0.5)
     collator = ASEDataCollator(processor)
     kind(model, arguments, train_dataset=rows, data_collator=collator, optimizers=(optimizer, None)).train()
     model.eval()

