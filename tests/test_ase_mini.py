@@ -48,8 +48,8 @@ def test_faults_are_named_and_lower_the_score():
 
 @pytest.fixture
 def encoder(tmp_path):
-    """A folder with a small encoder of the right depth."""
-    config = Dinov2Config(hidden_size=32, num_attention_heads=2, num_hidden_layers=10, image_size=224, patch_size=14)
+    """A folder with a small encoder, deeper than what is kept of it."""
+    config = Dinov2Config(hidden_size=32, num_attention_heads=2, num_hidden_layers=12, image_size=224, patch_size=14)
     Dinov2Model(config).save_pretrained(tmp_path / "encoder")
     return tmp_path / "encoder"
 

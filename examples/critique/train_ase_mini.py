@@ -207,7 +207,8 @@ def draw_verdict(rng: np.random.Generator) -> set[str]:
 def build_model(processor: ASEProcessor, encoder: Path) -> ASEForConditionalGeneration:
     """A LLaVA of the encoder's lower layers and a small language model, with the saliency branch on them."""
     tokenizer = processor.tokenizer
-    tower = AutoModel.from_pretrained(encoder, num_hidden_layers=DEPTH)
+    # the last layer is also that of a backbone's features, by name, and a name without a layer cannot be read again
+    tower = AutoModel.from_pretrained(encoder, num_hidden_layers=DEPTH, out_features=[f"stage{DEPTH}"])
     config = LlavaConfig(
         vision_config=tower.config,
         text_config=LlamaConfig(
