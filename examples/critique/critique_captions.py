@@ -293,10 +293,11 @@ def compose_verdict(
         raise ValueError(f"no aspects: {sorted(unknown)}; they are {', '.join(ASPECTS)}.")
     found = [aspect for aspect in ASPECTS if aspect in set(present)]
     subject = _Subject.of(found)
-    good = _opening(found, subject, rng)
-    good += _placing(found, subject, rng) + _content(found, subject, bool(good), rng)
-    bad = _shortcomings(found, subject, strengths or {}, rng)
-    if bad and good:
+    opening, placing = _opening(found, subject, rng), _placing(found, subject, rng)
+    content = _content(found, subject, bool(opening), rng)
+    good = opening + placing + content
+    bad = _shortcomings(found, subject, strengths or {}, bool(placing) and not content, rng)
+    if bad and good and " but " not in bad[0]:
         bad[0] = _pick(VERDICTS["but"], rng) + bad[0]
     if not bad:
         good += [_pick(VERDICTS["modest"], rng)] * (not good)
@@ -403,13 +404,15 @@ def _content(found: list[str], subject: _Subject, opened: bool, rng: np.random.G
 
 
 def _shortcomings(
-    found: list[str], subject: _Subject, strengths: Mapping[str, float], rng: np.random.Generator
+    found: list[str], subject: _Subject, strengths: Mapping[str, float], just_named: bool, rng: np.random.Generator
 ) -> list[str]:
-    """Sentences on what is wrong and what would help, those on the subject first."""
+    """Sentences on what is wrong and what would help, those on the subject first, which may have been `just_named`."""
     texts, listed = [], []
     for fault in _SUBJECT_FAULTS:
         if fault in found:
             clause, fix = _pick(VERDICTS["own"][fault], rng)
+            if just_named and not texts and rng.random() < 0.7:
+                clause = re.sub(r"^\{the\}", subject.again, clause)
             text = _with_degree(clause + _pick(VERDICTS["links"], rng) + fix, fault, strengths, rng)
             texts.append(text.format(**subject.fields))
     for aspect, faults in ASPECT_FAULTS.items():
@@ -446,8 +449,7 @@ def _listed(faults: list[str], strengths: Mapping[str, float], rng: np.random.Ge
         chosen = [fault for fault in faults if fault in VERDICTS[table]]
         return [_with_degree(_pick(VERDICTS[table][fault], rng), fault, strengths, rng) for fault in chosen]
 
-    # Words of degree on everything in a long list are a drone.
-    fixes = told("fixes", strengths if len(faults) < 4 else {})
+    fixes = told("fixes", {})  # words of degree on everything in a list would be a drone
     text, extras = f"the picture is {_plain_list(told('is', strengths))}", told("has", strengths)
     if extras:
         text += (", with " if len(faults) > 3 else " with ") + _plain_list(extras)

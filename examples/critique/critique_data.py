@@ -31,7 +31,17 @@ from critique_captions import (
     compose_caption,
     compose_verdict,
 )
-from critique_edits import BLURS, Measures, blurred, develop, draw_edits, measure, sharp_shares, unsure_faults
+from critique_edits import (
+    BLURS,
+    Measures,
+    blurred,
+    develop,
+    draw_edits,
+    measure,
+    sharp_shares,
+    unsure_faults,
+    with_grain,
+)
 from critique_pictures import (
     MAP_SIZE,
     PLACEMENTS,
@@ -88,7 +98,8 @@ def draw_faults(
     faults = {}
     for aspect in PHOTOMETRIC:
         drawn, side, power = rng.random(), rng.integers(len(ASPECT_FAULTS[aspect])), math.exp(rng.uniform(low, high))
-        if drawn < probability:
+        # Most photographs do not show what is level, so that a tilt is often dropped.
+        if drawn < probability * (1.8 if aspect == "level" else 1):
             fault = ASPECT_FAULTS[aspect][side]
             faults[fault] = min(power, STRONGEST.get(fault, 2.5))
     if "noisy" in faults and high > low and rng.random() < 0.25:
@@ -137,7 +148,7 @@ def make_sample(
     sources: LoadedSources,
     *,
     long_side: int = 320,
-    fault_probability: float = 0.22,
+    fault_probability: float = 0.28,
     strength: tuple[float, float] = (1.0, 2.5),
     composite_share: float = 0.5,
     natural_share: float = 0.25,
@@ -164,8 +175,7 @@ def make_sample(
     composite, manner = _draw_manner(rng, composite_share, natural_share, light_share, style_share)
     probability = 0 if manner in ("natural", "light") else fault_probability
     faults = draw_faults(rng, probability=probability, strength=strength, composite=composite)
-    pool = sources.backgrounds if composite else sources.photos
-    photo = pool[int(rng.integers(len(pool)))]
+    photo = sources.draw_photo(composite, rng)
     tilt = _draw_tilt(faults, photo.level, manner, rng)
     long_side = round(long_side * rng.uniform(0.7, 1)) if rng.random() < 0.3 else long_side
     framing = draw_framing(photo, tilt, long_side, rng)
@@ -183,17 +193,15 @@ def make_sample(
         for style in styles:
             for fault in {fault for names in APART[style] for fault in names}:
                 faults.pop(fault, None)
-    canvas = scene.canvas if manner == "natural" else _edited(scene, faults, styles, toned, manner, rng)
+    canvas, clean = (scene.canvas,) * 2 if manner == "natural" else _edited(scene, faults, styles, toned, manner, rng)
     known = dict(zip(FAULTS, aspect_labels(faults, unsure, subject=scene.placement_known, depth=scene.depth_known)))
-    if not photo.level:
-        known["tilted"] = -1.0
-    elif "tilted" not in faults and abs(tilt) > 2.4:
-        known["tilted"] = -1.0  # neither level nor clearly tilted
-    likely |= (
-        looks_like(canvas, scene.coverage) if styles else {"monochrome"} if faults.get("muted", 0) > 1.6 else set()
-    )
+    if not photo.level or ("tilted" not in faults and abs(tilt) > 2.4):
+        known["tilted"] = -1.0  # not to be told, or neither level nor clearly tilted
+    likely |= looks_like(clean, scene.coverage) if styles else _lookalikes(faults)
     known |= style_labels(known, styles, likely, toned)
-    known |= measure_qualities(canvas, scene.coverage) | _kind_labels(scene.kind)
+    known |= measure_qualities(clean, scene.coverage) | _kind_labels(scene.kind)
+    if "monochrome" in styles:  # a tone is no choice of colours
+        known |= dict.fromkeys(("stands_out_by_colour", "complementary_colours", "analogous_colours"), 0.0)
     labels = [known[aspect] for aspect in ASPECTS]
     truth = _truth(faults, labels[: len(FAULTS)], scene, styles)
     references = _phrasings(truth, rng)
@@ -235,8 +243,8 @@ def _edited(
     toned: bool,
     manner: str,
     rng: np.random.Generator,
-) -> Image.Image:
-    """The scene with its style, its blur and its photometric edits."""
+) -> tuple[Image.Image, Image.Image]:
+    """The scene with its style, its blur and its photometric edits, with its noise and without."""
     canvas = scene.canvas
     for style in styles:
         canvas = canvas if style == "monochrome" else apply_light(style, canvas, scene.coverage, rng)
@@ -247,9 +255,16 @@ def _edited(
     if blur * min(canvas.size) > 0.3:
         canvas = blurred(canvas, blur * min(canvas.size), way, rng)
     edits = draw_edits(faults, scene.measures, rng, styles)
+    clean = develop(canvas, replace(edits, noise=0), rng)
     if "monochrome" in styles:
-        return monochrome(develop(canvas, replace(edits, noise_way="white"), rng), toned, rng)
-    return develop(canvas, edits, rng)
+        clean = monochrome(clean, toned, rng)
+    return with_grain(clean, edits, rng, grey="monochrome" in styles), clean
+
+
+def _lookalikes(faults: dict[str, float]) -> set[str]:
+    """Styles that a picture with these faults could be taken for."""
+    likely = {"monochrome"} if faults.get("muted", 0) > 1.6 else set()
+    return likely | ({"foggy", "high_key"} if {"low_contrast", "overexposed"} <= faults.keys() else set())
 
 
 def _kind_labels(kind: str) -> dict[str, float]:
@@ -286,10 +301,16 @@ def _plain(
         placement, _ = box_placement(photo, framing)
     if photo.mask is not None:
         covered = subject_map(photo, framing)
-        if covered.mean() > SMALLEST_SUBJECT / 2:
+        if covered.mean() > SMALLEST_SUBJECT / 2 and covered.max() > 0.5:
             saliency, coverage = covered, subject_coverage(photo, framing)
     if placement:
         faults[placement] = 1.0
+    # A subject that is all but out of the frame is not what the picture shows.
+    kind = photo.kind if photo.mask is None or coverage is not None else ""
+    if coverage is None and manner != "natural" and abs(framing.degrees) < 1 and rng.random() < 0.25:
+        half = canvas.crop((0, 0, canvas.width // 2, canvas.height))  # a symmetrical view: they are rare
+        canvas = canvas.copy()
+        canvas.paste(half.transpose(Image.Transpose.FLIP_LEFT_RIGHT), (canvas.width - half.width, 0))
     measures = measure(canvas)
     depth_known, drawn, side, power = False, rng.random(), rng.integers(2), rng.uniform(1, 2.5)
     if coverage is not None and 0.03 < coverage.mean() < 0.6:
@@ -300,7 +321,7 @@ def _plain(
         faults.pop("blurred", None)
         canvas = defocused(canvas, coverage, DEPTHS[side], power)
     limit_drawbacks(faults, rng)
-    return Scene(canvas, measures, saliency, bool(placement), depth_known, kind=photo.kind, coverage=coverage)
+    return Scene(canvas, measures, saliency, bool(placement), depth_known, kind=kind, coverage=coverage)
 
 
 def _pasted(
@@ -314,7 +335,7 @@ def _pasted(
     if not depth_known:
         for fault in DEPTHS:
             faults.pop(fault, None)
-    name, picture = sources.cutouts[int(rng.integers(len(sources.cutouts)))]
+    name, picture = sources.draw_cutout(rng)
     canvas, coverage, share = place_cutout(canvas, picture, faults, framing.degrees, rng)
     # What blurs the background for depth must not count as a want of detail.
     measures = replace(measure(canvas), detail=behind.detail, sharp_share=behind.sharp_share, floor=behind.floor)

@@ -247,6 +247,15 @@ def develop(canvas: Image.Image, edits: Edits, rng: np.random.Generator) -> Imag
     return Image.fromarray(to_bytes(codes))
 
 
+def with_grain(image: Image.Image, edits: Edits, rng: np.random.Generator, *, grey: bool) -> Image.Image:
+    """A developed picture with the noise of `edits`, the same in all channels where it is `grey`."""
+    if edits.noise <= 0:
+        return image
+    codes = np.asarray(image).astype(np.float32) / 255
+    noise = grain(codes, edits.noise, edits.noise_way, rng)
+    return Image.fromarray(to_bytes(codes + (noise[..., :1] if grey else noise)))
+
+
 def falloff_factors(falloff: Falloff, stops: float, size: tuple[int, int]) -> np.ndarray:
     """Factors of linear light, float32 `(height, width)`, that lose as much in the corners as `stops` would by the
     plain law (circles, power 3, no start)."""
@@ -350,18 +359,21 @@ def _saturated(codes: np.ndarray, luma: np.ndarray, factor: float, way: str) -> 
         codes *= factor
         codes += luma[..., None]
         return codes
-    if way == "hsv":
-        top = largest(codes)[..., None]
-        return top - (top - codes) * factor
+    change = _below_the_top if way == "hsv" else _opponent_chroma
     codes = np.clip(codes, 0, 1)
-    few = codes[::4, ::4]
-    got = chroma_level(_opponent_chroma(few, factor)) / max(chroma_level(few), 1e-3)
-    return _opponent_chroma(codes, factor * np.float32(np.clip(factor / max(got, 1e-2), 0.7, 1.4)))
+    few, wanted = codes[::4, ::4], np.clip(luma[..., None] + (codes - luma[..., None]) * factor, 0, 1)[::4, ::4]
+    target = chroma_level(wanted)
+    return change(codes, _matched(lambda f: chroma_level(np.clip(change(few, f), 0, 1)), target, 0.0, 8.0))
+
+
+def _below_the_top(codes: np.ndarray, factor: float) -> np.ndarray:
+    top = largest(codes)[..., None]
+    return top - (top - codes) * np.float32(factor)
 
 
 def _opponent_chroma(codes: np.ndarray, factor: float) -> np.ndarray:
     lab = to_opponent(codes)
-    lab[..., 1:] *= factor
+    lab[..., 1:] *= np.float32(factor)
     return from_opponent(lab)
 
 
@@ -420,13 +432,14 @@ BLURS = ("gaussian", "disc", "motion", "scaling")
 
 
 def blurred(canvas: Image.Image, sigma: float, way: str, rng: np.random.Generator) -> Image.Image:
-    """Blurred by a spot of the variance of a Gaussian of `sigma` pixels (of a motion, of both directions together)."""
+    """Blurred by a spot of the variance of a Gaussian of `sigma` pixels: of a motion, of both directions together and
+    half as much again, as edges along it stay."""
     if way == "gaussian" or sigma < 0.9:
         return canvas.filter(ImageFilter.GaussianBlur(sigma))
     if way == "scaling":
         small = (max(4, round(canvas.width / (2 * sigma))), max(4, round(canvas.height / (2 * sigma))))
         return canvas.resize(small, Image.Resampling.BILINEAR).resize(canvas.size, Image.Resampling.BICUBIC)
-    spot = _disc(2 * sigma) if way == "disc" else _line(math.sqrt(24) * sigma, rng.uniform(0, math.pi))
+    spot = _disc(2 * sigma) if way == "disc" else _line(6 * sigma, rng.uniform(0, math.pi))
     light = TO_LINEAR[np.asarray(canvas)] if way == "disc" else np.asarray(canvas).astype(np.float32) / 255
     light = _convolved(light, spot)
     return Image.fromarray(to_bytes(to_code(light) if way == "disc" else light))

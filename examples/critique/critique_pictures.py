@@ -1,5 +1,6 @@
 """The photographs and cut-outs of the critique generator: reading them, framing a view, pasting a subject into it."""
 
+import collections
 import functools
 import json
 import math
@@ -46,6 +47,7 @@ class Photo:
     it covers, `(MASK_SIZE, MASK_SIZE)` in 0..1, of a photograph with a subject.
     `luma` and `detail` are 1/8-size maps of brightness and of fine gradient, by which crops are chosen cheaply.
     `kind` is one of KINDS, "" where that is unsure, and `level` whether a tilt of the photograph could be told.
+    `axis` is where, as a fraction of the width, it mirrors itself fairly well, NaN where nowhere.
     """
 
     id: str
@@ -58,6 +60,7 @@ class Photo:
     detail: np.ndarray
     kind: str = ""
     level: bool = False
+    axis: float = math.nan
 
 
 @dataclass
@@ -76,8 +79,25 @@ class LoadedSources:
         """Photographs without a subject of their own."""
         return [photo for photo in self.photos if not photo.subject]
 
+    def draw_photo(self, composite: bool, rng: np.random.Generator) -> Photo:
+        """A photograph, or a background for a cut-out; those of a rare kind come more often than their share."""
+        pool = self.backgrounds if composite else self.photos
+        return pool[rng.choice(len(pool), p=_chances([photo.kind for photo in pool]))]
+
+    def draw_cutout(self, rng: np.random.Generator) -> tuple[str, Image.Image]:
+        return self.cutouts[
+            rng.choice(len(self.cutouts), p=_chances([self.cutout_kinds[id] for id, _ in self.cutouts]))
+        ]
+
     def __reduce__(self):
         return load_sources, (self.split, self.directory, self.listing)
+
+
+def _chances(kinds: list[str]) -> np.ndarray:
+    """Chances by which a kind comes in proportion to the root of how often it is there."""
+    counts = collections.Counter(kinds)
+    chances = np.array([counts[kind] ** -0.5 for kind in kinds])
+    return chances / chances.sum()
 
 
 def load_sources(split: str, directory: Path | str | None = None, listing: Path | str | None = None) -> LoadedSources:
@@ -150,8 +170,9 @@ def _load_photo(entry: dict, path: Path, mask: np.ndarray | None, softest: float
     luma = normal.astype(np.float32) @ LUMA / 255
     detail = np.abs(luma[1:, 1:] - luma[:-1, 1:]) + np.abs(luma[1:, 1:] - luma[1:, :-1])
     normal, kind = Image.fromarray(normal), entry.get("kind", "")
-    maps, level = (_eighth(luma), _eighth(detail)), has_level(raw, kind)
-    return Photo(entry["id"], bool(entry.get("subject")), box, mask, raw, normal, *maps, kind, level)
+    luma, detail, subject = _eighth(luma), _eighth(detail), bool(entry.get("subject"))
+    level, axis = has_level(raw, kind), mirror_axis(luma)
+    return Photo(entry["id"], subject, box, mask, raw, normal, luma, detail, kind, level, axis)
 
 
 def _eighth(values: np.ndarray) -> np.ndarray:
@@ -179,6 +200,24 @@ def level_edges(photo: Image.Image) -> float:
     weights = np.sqrt(xx + yy) * (coherence > 0.8)
     off = np.abs((degrees + 45) % 90 - 45)
     return float(weights[off < 4].sum() / (weights.sum() + 1e-6) / (4 / 45))
+
+
+def mirror_likeness(luma: np.ndarray) -> float:
+    """Correlation (-1..1) of a picture's brightness with its mirror image; 0 for one without contrast."""
+    values = np.asarray(Image.fromarray(luma.astype(np.float32)).resize((24, 24), Image.Resampling.BOX))
+    values = values - values.mean(1, keepdims=True)  # a bright sky alone is no symmetry
+    power = float((values**2).mean())
+    return float((values * values[:, ::-1]).mean()) / power if power > 0.02**2 else 0.0
+
+
+def mirror_axis(luma: np.ndarray) -> float:
+    """Where, as a fraction of its width, a photograph mirrors itself best; NaN where that is not well."""
+    best, width = (0.5, math.nan), luma.shape[1]
+    for axis in np.linspace(0.35, 0.65, 13):
+        half = int(min(axis, 1 - axis) * width)
+        middle = round(float(axis) * width)
+        best = max(best, (mirror_likeness(luma[:, max(0, middle - half) : middle + half]), float(axis)))
+    return best[1]
 
 
 def normalise(pixels: np.ndarray) -> np.ndarray:
@@ -308,14 +347,16 @@ def turned(image: Image.Image, degrees: float, size: tuple[int, int]) -> Image.I
 
 def draw_framing(photo: Photo, degrees: float, long_side: int, rng: np.random.Generator) -> Framing:
     """A crop of 60-100 % that shows enough detail and medium brightness and, of a photograph whose subject is known,
-    one drawn placement, if a few tries find such a crop.
+    one drawn placement, if a few tries find such a crop; one that mirrors itself now and then about its axis.
 
     The photograph is never enlarged where that can be helped: enlarging would look like a blur.
     """
     wanted = PLACEMENTS[rng.choice(len(PLACEMENTS), p=(0.2, 0.3, 0.3, 0.2))] if photo.box is not None else ""
+    axis = photo.axis if rng.random() < 0.35 else math.nan
+    wanted = wanted if math.isnan(axis) else ""
     best, best_cost = None, math.inf
     for _ in range(16 if wanted else 6):
-        framing = _draw_framing(photo, degrees, long_side, rng)
+        framing = _draw_framing(photo, degrees, long_side, axis, rng)
         cost = _framing_cost(photo, framing)
         if wanted:
             cost += {wanted: 0.0, "": 0.1}.get(box_placement(photo, framing)[0], 0.15)
@@ -326,7 +367,7 @@ def draw_framing(photo: Photo, degrees: float, long_side: int, rng: np.random.Ge
     return best
 
 
-def _draw_framing(photo: Photo, degrees: float, long_side: int, rng: np.random.Generator) -> Framing:
+def _draw_framing(photo: Photo, degrees: float, long_side: int, axis: float, rng: np.random.Generator) -> Framing:
     ratio = math.exp(rng.uniform(0, math.log(1.5)))
     wide = photo.raw.width >= photo.raw.height
     if rng.random() < 0.25:
@@ -338,6 +379,8 @@ def _draw_framing(photo: Photo, degrees: float, long_side: int, rng: np.random.G
     scale = max(widest * rng.uniform(0.6, 1.0), min(widest, 1.0))
     width, height = inner[0] * scale, inner[1] * scale
     left = rng.uniform(0, 1) * max(0, photo.raw.width - width)
+    if not math.isnan(axis):
+        left = min(max(axis * photo.raw.width - width / 2, 0), max(0, photo.raw.width - width))
     top = rng.uniform(0, 1) * max(0, photo.raw.height - height)
     crop = (left, top, min(left + width, photo.raw.width), min(top + height, photo.raw.height))
     mirrored, resample = bool(rng.random() < 0.5), _FILTERS[rng.choice(4, p=(0.2, 0.4, 0.3, 0.1))]

@@ -6,8 +6,8 @@ stands_out_by_light     the subject's mean brightness over the ground's, in stop
                         Luo and Tang (2008), and in deviations of the ground
 stands_out_by_colour    the distance of the subject's mean colour from the ground's in an opponent space (as Achanta et
                         al., 2009, do for saliency), without lightness
-calm_background,        the mean step between neighbouring pixels of the ground at half size, and how many colours it
-busy_background         has: simplicity after Ke et al. (2006) and Luo and Tang (2008)
+calm_background,        the mean step, down and across together, between neighbouring pixels of the ground at half size:
+busy_background         simplicity by edges, after Ke et al. (2006)
 small_in_frame,         the share of the frame that the subject covers (the subject's region, Luo and Tang, 2008)
 fills_frame
 complementary_colours   two opposite hues of Itten's wheel, weighted by chroma, hold most of the colour: the contrast of
@@ -19,7 +19,7 @@ symmetric               the correlation of the picture with its mirror image, le
 import numpy as np
 from critique_captions import QUALITIES
 from critique_edits import to_opponent
-from critique_pictures import LUMA, largest, smallest
+from critique_pictures import LUMA, largest, mirror_likeness, smallest
 from PIL import Image
 
 
@@ -34,7 +34,7 @@ def measure_qualities(image: Image.Image, coverage: np.ndarray | None) -> dict[s
     small = image.reduce(max(1, max(image.size) // 80))
     codes = np.asarray(small).astype(np.float32) / 255
     labels |= _palette(codes)
-    labels["symmetric"] = _graded(mirror_likeness(codes @ LUMA), no=0.55, yes=0.8)
+    labels["symmetric"] = _graded(mirror_likeness(codes @ LUMA), no=0.45, yes=0.7)
     if coverage is not None and coverage.max() > 0.5:
         covered = np.asarray(Image.fromarray(coverage).resize(small.size, Image.Resampling.BOX))
         labels |= _separation(codes, covered) | _ground(image.reduce(2), coverage)
@@ -64,29 +64,17 @@ def _separation(codes: np.ndarray, covered: np.ndarray) -> dict[str, float]:
     }
 
 
-def ground_detail(half: Image.Image, coverage: np.ndarray) -> tuple[float, int]:
-    """Mean step (0..1) between the ground's neighbouring pixels, and in how many of 512 colours it is."""
-    pixels = np.asarray(half)
-    ground = np.asarray(Image.fromarray(coverage).resize(half.size, Image.Resampling.BOX)) < 0.05
-    luma = pixels.astype(np.float32) @ LUMA / 255
-    steps = np.abs(luma[1:, 1:] - luma[:-1, 1:]) + np.abs(luma[1:, 1:] - luma[1:, :-1])
-    part = ground[1:, 1:]
-    if part.sum() < 200:
-        return float("nan"), 0
-    bins = (pixels[ground] >> 5).astype(np.int32) @ np.array([64, 8, 1])
-    counts = np.bincount(bins, minlength=512)
-    return float(steps[part].mean()), int((counts > 0.01 * counts.max()).sum())
-
-
 def _ground(half: Image.Image, coverage: np.ndarray) -> dict[str, float]:
-    step, colours = ground_detail(half, coverage)
-    if not np.isfinite(step):
+    """How calm or busy the ground is, of a picture at half its size."""
+    luma = np.asarray(half.convert("L")).astype(np.float32) / 255
+    ground = np.asarray(Image.fromarray(coverage).resize(half.size, Image.Resampling.BOX))[1:, 1:] < 0.05
+    if ground.sum() < 200:
         return {}
-    calm = _graded(-step, no=-0.045, yes=-0.028)
-    busy = _graded(step, no=0.06, yes=0.085)
+    steps = np.abs(luma[1:, 1:] - luma[:-1, 1:]) + np.abs(luma[1:, 1:] - luma[1:, :-1])
+    step = float(steps[ground].mean())
     return {
-        "calm_background": -1.0 if calm == 1 and colours > 70 else calm,
-        "busy_background": -1.0 if busy == 1 and colours < 25 else busy,
+        "calm_background": _graded(-step, no=-0.045, yes=-0.028),
+        "busy_background": _graded(step, no=0.06, yes=0.085),
     }
 
 
@@ -98,13 +86,13 @@ def _palette(codes: np.ndarray) -> dict[str, float]:
         absent = 0.0 if level < 0.03 else -1.0
         return {"complementary_colours": absent, "analogous_colours": absent}
     shares = wheel_shares(codes, chroma)
-    pairs, sector = _window(shares, 7), _window(shares, 9)
-    opposite = np.roll(pairs, WHEEL_STEPS // 2)
-    both = np.where(np.minimum(pairs, opposite) > 0.0, np.minimum(1, np.minimum(pairs, opposite) / 0.2), 0)
-    clear = float((both * (pairs + opposite)).max())
+    sums = _window(shares, 7)  # of 70 degrees
+    opposite = np.roll(sums, WHEEL_STEPS // 2)
+    # Of two opposite hues the lesser has to hold a fifth.
+    clear = float((np.minimum(1, np.minimum(sums, opposite) / 0.2) * (sums + opposite)).max())
     return {
         "complementary_colours": _graded(clear, no=0.6, yes=0.8),
-        "analogous_colours": _graded(float(sector.max()), no=0.75, yes=0.9),
+        "analogous_colours": _graded(float(sums.max()), no=0.75, yes=0.92),
     }
 
 
@@ -121,11 +109,3 @@ def wheel_shares(codes: np.ndarray, chroma: np.ndarray) -> np.ndarray:
 def _window(shares: np.ndarray, width: int) -> np.ndarray:
     """Sums over `width` neighbouring steps, around the wheel."""
     return sum(np.roll(shares, shift) for shift in range(-(width // 2), width - width // 2))
-
-
-def mirror_likeness(luma: np.ndarray) -> float:
-    """Correlation (-1..1) of a small picture with its mirror image; 0 for one without contrast."""
-    image = Image.fromarray(luma.astype(np.float32)).resize((24, 24), Image.Resampling.BOX)
-    values = np.asarray(image) - np.asarray(image).mean(1, keepdims=True)  # a bright sky alone is no symmetry
-    power = float((values**2).mean())
-    return float((values * values[:, ::-1]).mean()) / power if power > 0.02**2 else 0.0

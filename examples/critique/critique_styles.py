@@ -14,7 +14,7 @@ from PIL import Image, ImageFilter
 # Of each style: the faults that it is not, and those that nobody could tell there.
 APART: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "monochrome": (("muted", "oversaturated"), ("cool_cast", "warm_cast")),
-    "high_key": (("underexposed", "overexposed", "low_contrast", "high_contrast"), ("muted",)),
+    "high_key": (("underexposed", "overexposed", "low_contrast", "high_contrast"), ("muted", "vignetting")),
     "low_key": (("underexposed", "overexposed", "low_contrast"), ("high_contrast", "muted", "vignetting")),
     "silhouette": (
         ("underexposed", "overexposed", "low_contrast", "high_contrast"),
@@ -25,10 +25,10 @@ APART: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("muted", "oversaturated", "cool_cast", "background_blurred", "subject_blurred"),
     ),
 }
-CHANCES = {"monochrome": 0.3, "high_key": 0.16, "low_key": 0.24, "silhouette": 0.12, "foggy": 0.18}
+CHANCES = {"monochrome": 0.26, "high_key": 0.2, "low_key": 0.2, "silhouette": 0.18, "foggy": 0.16}
 # Red, green, yellow and no filter before black-and-white film.
 _FILTERS = ((0.299, 0.587, 0.114), (0.75, 0.2, 0.05), (0.15, 0.75, 0.1), (0.4, 0.55, 0.05))
-_TONES = {"sepia": (0.10, 0.01, -0.12), "selenium": (0.03, -0.015, 0.02), "blue": (-0.05, 0.0, 0.07)}
+_TONES = {"sepia": (0.07, 0.01, -0.09), "selenium": (0.03, -0.015, 0.02), "blue": (-0.05, 0.0, 0.07)}
 
 
 def draw_styles(rng: np.random.Generator, *, cutout: bool, subject: bool) -> tuple[str, ...]:
