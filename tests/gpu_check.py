@@ -1,18 +1,21 @@
 """
 What only a GPU can show, in one table: exactness in bfloat16, attention kernels, compilation, host synchronisation,
-memory and time at the shapes of published models (random weights).
+memory and time at the shapes of published models (random weights), and what a budget of image tokens saves there.
 
     PYTHONPATH=examples python tests/gpu_check.py --record examples/gpu.md
 
-Without CUDA it says so and ends. `--device cpu` runs the checks that need no GPU, to try the script itself.
+Without CUDA it says so and ends. `--device cpu` runs the checks that need no GPU, and the figures on shapes of a few layers,
+to try the script itself. The table is written after every check, what takes longest comes last.
 """
 
 import argparse
 import copy
+import gc
 import statistics
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -20,7 +23,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from benchmark import PROMPT_TOKENS, PUBLISHED
+from benchmark import BUDGETS, PROMPT_TOKENS, PUBLISHED
 from caption_photos import load_model
 from common import critique
 from conftest import graft, open_gates, with_noise
@@ -34,6 +37,9 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 Inputs = dict[str, torch.Tensor]
 FAMILY_NAMES = ("llava", "qwen2_5_vl")
 SHAPES = ("LLaVA-1.5-7B", "Qwen2.5-VL-7B")
+BUDGET_SHAPE = "LLaVA-1.5-7B"
+BATCHES = (1, 8)
+DECODED = 16  # tokens
 
 
 class Skipped(Exception):
@@ -160,9 +166,10 @@ def splits_over_cpu_and_gpu(device: str) -> str:
     expected = model(**inputs).logits
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        half = sum(p.numel() * p.element_size() for p in model.parameters()) // 2
+        # room for the largest part that is not cut, the saliency module, is kept free beside the others
+        most = sum(p.numel() * p.element_size() for p in model.parameters()) * 4 // 5
         split = ASEForConditionalGeneration.from_pretrained(
-            folder, device_map="auto", max_memory={0: half, "cpu": "8GiB"}
+            folder, device_map="auto", max_memory={0: most, "cpu": "8GiB"}
         )
         places = set(split.hf_device_map.values())
         found = split(**inputs).logits.to(device)
@@ -191,58 +198,127 @@ def loads_in_8_bit(device: str) -> str:
 # Figures ---------------------------------------------------------------------------------------------------------
 
 
-def seconds(run: Callable[[], None], repeats: int) -> float:
-    run()
-    times = []
-    for _ in range(repeats):
+def wait(device: str):
+    if device == "cuda":
         torch.cuda.synchronize()
+
+
+def seconds(run: Callable[[], None], device: str, repeats: int = 7) -> float:
+    """Median, after two calls that warm up; on a CPU, where it says nothing, of one call."""
+    for _ in range(2 if device == "cuda" else 0):
+        run()
+    times = []
+    for _ in range(repeats if device == "cuda" else 1):
+        wait(device)
         start = time.perf_counter()
         run()
-        torch.cuda.synchronize()
+        wait(device)
         times.append(time.perf_counter() - start)
     return statistics.median(times)
 
 
-def published_inputs(base: PreTrainedModel, name: str, device: str) -> Inputs:
+def published_base(name: str, device: str) -> PreTrainedModel:
+    """The shape with random weights, made where it is to be; on a CPU, of few and narrow layers."""
+    family, settings, *_ = PUBLISHED[name]
+    settings = copy.deepcopy(settings)
+    if device == "cpu":
+        settings["text_config"] |= {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+        settings["text_config"] |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+        if family == "qwen2_5_vl":
+            settings["vision_config"] |= {"depth": 2, "out_hidden_size": 256}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **settings)
+    if device == "cpu" and family == "llava":
+        config.vision_config.num_hidden_layers = 4
+    with torch.device(device):
+        return AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16).eval()
+
+
+def published_inputs(base: PreTrainedModel, name: str, device: str, batch: int = 1) -> Inputs:
     family, _, (height, width), image_tokens = PUBLISHED[name]
-    ids = torch.tensor([[base.config.image_token_id] * image_tokens + [1] * PROMPT_TOKENS], device=device)
+    ids = torch.tensor([[base.config.image_token_id] * image_tokens + [1] * PROMPT_TOKENS] * batch, device=device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if family == "llava":
-        return {**inputs, "pixel_values": torch.randn(1, 3, height, width, device=device, dtype=torch.bfloat16)}
+        return {**inputs, "pixel_values": torch.randn(batch, 3, height, width, device=device, dtype=torch.bfloat16)}
     patch = base.config.vision_config.patch_size
     rows, columns = height // patch, width // patch
     return {
         **inputs,
-        "pixel_values": torch.randn(rows * columns, 3 * 2 * patch**2, device=device, dtype=torch.bfloat16),
-        "image_grid_thw": torch.tensor([[1, rows, columns]], device=device),
+        "pixel_values": torch.randn(batch * rows * columns, 3 * 2 * patch**2, device=device, dtype=torch.bfloat16),
+        "image_grid_thw": torch.tensor([[1, rows, columns]] * batch, device=device),
         "mm_token_type_ids": (ids == base.config.image_token_id).int(),
     }
 
 
 @torch.no_grad()
-def published_shape(device: str, name: str, repeats: int = 7) -> str:
+def published_shape(device: str, name: str) -> str:
     """Ratios of prefill time and of peak memory, and whether the fresh graft is its base."""
-    if device == "cpu":
-        raise Skipped("needs CUDA")
-    family, settings, *_ = PUBLISHED[name]
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **settings)
-    with torch.device(device):
-        base = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16).eval()
+    base = published_base(name, device)
     inputs = published_inputs(base, name, device)
-    figures, logits = {}, {}
+    times, memory, logits = {}, {}, {}
     for kind in ("base", "graft"):
         model = base if kind == "base" else ASEForConditionalGeneration.from_mllm_pretrained(base).to(device).eval()
-        torch.cuda.reset_peak_memory_stats()
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         logits[kind] = model(**inputs, logits_to_keep=1).logits
-        figures[kind] = seconds(partial(model, **inputs, logits_to_keep=1), repeats), torch.cuda.max_memory_allocated()
+        times[kind] = seconds(partial(model, **inputs, logits_to_keep=1), device)
+        memory[kind] = torch.cuda.max_memory_allocated() if device == "cuda" else float("nan")
     if not torch.equal(logits["base"], logits["graft"]):
         raise AssertionError("the logits differ")
-    (time_base, memory_base), (time_graft, memory_graft) = figures["base"], figures["graft"]
     return (
-        f"bit for bit; prefill {1000 * time_base:.1f} ms, x {time_graft / time_base:.3f}; "
-        f"peak {memory_base / 2**30:.1f} GiB, x {memory_graft / memory_base:.3f}"
+        f"bit for bit; prefill {1000 * times['base']:.1f} ms, x {times['graft'] / times['base']:.3f}; "
+        f"peak {memory['base'] / 2**30:.1f} GiB, x {memory['graft'] / memory['base']:.3f}"
     )
+
+
+def decoding(model: PreTrainedModel, inputs: Inputs, **options) -> tuple[Callable[[], None], int]:
+    """`DECODED` steps after the prompt, from a cache that is cut back each time, and the bytes of that cache."""
+    cache = model(**inputs, **options, use_cache=True, logits_to_keep=1).cache
+    size = sum(states.nbytes for layer in cache.layers for states in (layer.keys, layer.values))
+    length, batch = cache.get_seq_length(), len(inputs["input_ids"])
+    mask = torch.ones(batch, length + DECODED, dtype=torch.long, device=inputs["input_ids"].device)
+    ids = torch.ones_like(mask[:, :1])
+
+    def run():
+        for i in range(DECODED):
+            model(input_ids=ids, attention_mask=mask[:, : length + i + 1], cache=cache)
+        cache.crop(-DECODED)
+
+    return run, size
+
+
+@torch.no_grad()
+def image_token_budgets(device: str) -> dict[str, str]:
+    """Prefill, a step of decoding and the cache within each budget, beside the base; by each selection."""
+    base = published_base(BUDGET_SHAPE, device)
+    rows, inputs, known = {}, {n: published_inputs(base, BUDGET_SHAPE, device, n) for n in BATCHES}, {}
+
+    def measure(name: str, model: PreTrainedModel, batch: int, decodes: bool, **options):
+        prefill = seconds(partial(model, **inputs[batch], **options, logits_to_keep=1), device)
+        figures = {"prefill": prefill}
+        if decodes:
+            run, size = decoding(model, inputs[batch], **options)
+            figures |= {"decode": seconds(run, device, 3) / DECODED, "cache": size}
+        before = known.setdefault(batch, figures)
+        told = [f"prefill {1000 * prefill:.1f} ms, x {prefill / before['prefill']:.3f}"]
+        if decodes:
+            told += [
+                f"decoding {1000 * figures['decode']:.2f} ms a token, x {figures['decode'] / before['decode']:.3f}",
+                f"cache {figures['cache'] / 2**20:.0f} MiB, x {figures['cache'] / before['cache']:.3f}",
+            ]
+        rows[f"{BUDGET_SHAPE}, batch of {batch}, {name}"] = "; ".join(told)
+
+    for batch in BATCHES:
+        measure("base", base, batch, True)
+    model = ASEForConditionalGeneration.from_mllm_pretrained(base).to(device).eval()
+    for batch in BATCHES:
+        measure("all image tokens", model, batch, True)
+        for selection in ("diverse", "saliency", "uniform"):
+            model.config.image_token_selection = selection
+            for budget in BUDGETS:
+                decodes = selection == "diverse"
+                measure(f"{budget:.0%}, {selection}", model, batch, decodes, image_token_budget=budget)
+    return rows
 
 
 def bundled_model_captions() -> str:
@@ -259,22 +335,22 @@ def bundled_model_captions() -> str:
 # The table -------------------------------------------------------------------------------------------------------
 
 
-def checks(device: str) -> dict[str, Callable[[], str]]:
-    found = {}
+def checks(device: str) -> dict[str, Callable[[], str | dict[str, str]]]:
+    found = {"ase-mini": bundled_model_captions}
     for dtype in (torch.float32, torch.bfloat16):
         for attention in ("eager", "sdpa", "flash_attention_2"):
             name = f"fresh graft, {str(dtype).removeprefix('torch.')}, {attention}"
-            found[name] = lambda attention=attention, dtype=dtype: fresh_graft_is_its_base(device, attention, dtype)
-    found["torch.compile"] = lambda: compiled_is_plain(device, None)
-    found["torch.compile with CUDA graphs"] = lambda: compiled_is_plain(device, "reduce-overhead")
-    found["the added part and the host"] = lambda: added_part_waits_for_nothing(device)
-    found["generate()"] = lambda: generates_as_step_by_step(device)
-    found["training step with checkpointing, autocast"] = lambda: trains_with_checkpointing(device)
-    found["device map over CPU and GPU"] = lambda: splits_over_cpu_and_gpu(device)
-    found["8-bit loading"] = lambda: loads_in_8_bit(device)
+            found[name] = partial(fresh_graft_is_its_base, device, attention, dtype)
+    found["the added part and the host"] = partial(added_part_waits_for_nothing, device)
+    found["generate()"] = partial(generates_as_step_by_step, device)
+    found["training step with checkpointing, autocast"] = partial(trains_with_checkpointing, device)
+    found["device map over CPU and GPU"] = partial(splits_over_cpu_and_gpu, device)
+    found["8-bit loading"] = partial(loads_in_8_bit, device)
     for name in SHAPES:
-        found[f"shape of {name}, bfloat16"] = lambda name=name: published_shape(device, name)
-    found["ase-mini"] = bundled_model_captions
+        found[f"shape of {name}, bfloat16"] = partial(published_shape, device, name)
+    found["image token budgets, bfloat16, sdpa"] = partial(image_token_budgets, device)
+    found["torch.compile"] = partial(compiled_is_plain, device, None)
+    found["torch.compile with CUDA graphs"] = partial(compiled_is_plain, device, "reduce-overhead")
     return found
 
 
@@ -286,11 +362,12 @@ def main() -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         print("There is no CUDA device: nothing was checked.")
         return 0
-    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     table = f"{device}, torch {torch.__version__}, transformers {transformers.__version__}\n\n| check | result |\n|---|---|\n"
     failed = False
     for name, check in checks(args.device).items():
+        start = time.perf_counter()
         try:
             result = check()
         except Skipped as why:
@@ -298,12 +375,16 @@ def main() -> int:
         except Exception as error:
             failed = True
             result = f"FAILED: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            traceback.print_exception(error)
+        gc.collect()  # grafts have circles
         if args.device == "cuda":
             torch.cuda.empty_cache()
-        print(f"{name}: {result}", flush=True)
-        table += f"| {name} | {result} |\n"
-    if args.record:
-        args.record.write_text(table, encoding="utf-8")
+        for row, text in (result if isinstance(result, dict) else {name: result}).items():
+            print(f"{row}: {text}", flush=True)
+            table += f"| {row} | {text} |\n"
+        print(f"    ({time.perf_counter() - start:.1f} s)", flush=True)
+        if args.record:
+            args.record.write_text(table, encoding="utf-8")
     return int(failed)
 
 
