@@ -128,7 +128,7 @@ def test_a_verdict_names_exactly_the_aspects_that_are_there():
 
 
 def test_a_verdict_speaks_of_degree_only_where_a_strength_is_known():
-    rng, degrees = np.random.default_rng(0), {"slightly", "somewhat", "badly", "heavily", "stop", "degrees"}
+    rng, degrees = np.random.default_rng(0), {"slightly", "somewhat", "badly", "severely", "stop", "degrees"}
     present = ("underexposed", "tilted")
     plain = [compose_verdict(present, rng) for _ in range(40)]
     assert degrees.isdisjoint(words(" ".join(plain).lower()))
@@ -409,6 +409,18 @@ def test_a_style_is_no_fault(critique_sources):
         if "monochrome" in styles:
             assert figures["chroma"] < 0.2 and known["complementary_colours"] == known["analogous_colours"] == 0
     assert min(seen.values()) > 3
+
+
+def test_one_light_may_pass_for_another_but_not_for_black_and_white():
+    labels = dict.fromkeys(FAULTS, 1.0)
+    styles = critique_styles.style_labels(labels, ("foggy",), set(), False)
+    assert styles == {"monochrome": 0.0, "high_key": -1.0, "low_key": -1.0, "silhouette": -1.0, "foggy": 1.0}
+    assert (labels["low_contrast"], labels["muted"], labels["noisy"]) == (0.0, -1.0, 1.0)
+    for toned, cast in ((False, 0.0), (True, -1.0)):
+        labels = dict.fromkeys(FAULTS, 1.0)
+        styles = critique_styles.style_labels(labels, ("monochrome",), {"low_key"}, toned)
+        assert styles == {"monochrome": 1.0, "high_key": 0.0, "low_key": -1.0, "silhouette": 0.0, "foggy": 0.0}
+        assert (labels["muted"], labels["warm_cast"]) == (0.0, cast)
 
 
 def test_only_what_has_a_subject_is_put_in_its_light():

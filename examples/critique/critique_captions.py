@@ -105,7 +105,7 @@ def _stops(exposure_value: float) -> str:
 def _fields(fault: str, strength: float, rng: np.random.Generator) -> dict[str, str]:
     """The words of degree that belong to a fault of this strength, a multiple of the least that counts."""
     level = 0 if strength < 1.35 else 1 if strength < 1.85 else 2
-    adv = (("slightly", "somewhat"), ("clearly", "noticeably"), ("badly", "heavily"))[level]
+    adv = (("slightly", "somewhat"), ("clearly", "noticeably"), ("badly", "severely"))[level]
     adj = (("slight", "faint", "mild"), ("clear", "distinct", "marked"), ("strong", "heavy", "severe"))[level]
     bit = (("a little", "a touch"), ("a good deal", "a fair bit"), ("a lot", "a great deal"))[level]
     some = (("a little", "a touch of"), ("some", "a fair amount of"), ("a lot of", "plenty of"))[level]
@@ -452,5 +452,5 @@ def _listed(faults: list[str], strengths: Mapping[str, float], rng: np.random.Ge
     fixes = told("fixes", {})  # words of degree on everything in a list would be a drone
     text, extras = f"the picture is {_plain_list(told('is', strengths))}", told("has", strengths)
     if extras:
-        text += (", with " if len(faults) > 3 else " with ") + _plain_list(extras)
+        text += f", with {_plain_list(extras)}"
     return [text, _pick(VERDICTS["next"], rng) + _plain_list(fixes)]

@@ -82,8 +82,8 @@ def _palette(codes: np.ndarray) -> dict[str, float]:
     """Complementary and analogous colours; a picture with next to no colour has neither."""
     chroma = largest(codes) - smallest(codes)
     level = float(chroma.mean())
-    if level < 0.05:
-        absent = 0.0 if level < 0.03 else -1.0
+    if level < 0.07:
+        absent = 0.0 if level < 0.04 else -1.0
         return {"complementary_colours": absent, "analogous_colours": absent}
     shares = wheel_shares(codes, chroma)
     sums = _window(shares, 7)  # of 70 degrees

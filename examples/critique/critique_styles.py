@@ -66,13 +66,15 @@ def monochrome(canvas: Image.Image, toned: bool, rng: np.random.Generator) -> Im
 def style_labels(
     labels: dict[str, float], styles: Collection[str], looks_like: Collection[str], toned: bool
 ) -> dict[str, float]:
-    """Labels of all styles: 1 for those made, unknown where an unstyled picture looks like one; of a styled picture
-    `labels` (of its faults) is changed where `APART` says so."""
+    """Labels of all styles: 1 for those made, unknown where the picture looks like one; of a styled picture `labels` (of
+    its faults) is changed where `APART` says so."""
     for style in styles:
         apart, unsure = APART[style]
         labels.update(dict.fromkeys(unsure if style != "monochrome" or toned else (), -1.0))
         labels.update(dict.fromkeys(apart if style != "monochrome" or toned else (*apart, *unsure), 0.0))
-    return {style: 1.0 if style in styles else -1.0 if style in looks_like or styles else 0.0 for style in APART}
+    # One light can pass for another, but neither for black and white.
+    unsure = {*looks_like, *(set(APART) - {"monochrome"} if set(styles) - {"monochrome"} else ())}
+    return {style: 1.0 if style in styles else -1.0 if style in unsure else 0.0 for style in APART}
 
 
 def looks_like(canvas: Image.Image, subject: np.ndarray | None) -> set[str]:
