@@ -102,7 +102,7 @@ def draw_faults(
         if drawn < probability * (1.8 if aspect == "level" else 1):
             fault = ASPECT_FAULTS[aspect][side]
             faults[fault] = min(power, STRONGEST.get(fault, 2.5))
-    if "noisy" in faults and high > low and rng.random() < 0.25:
+    if "noisy" in faults and high > low >= 0 and rng.random() < 0.25:
         faults["noisy"] = rng.uniform(0.5, 1.0)  # noise as it is left when a larger picture was scaled down
     placement, depth, depth_drawn = rng.integers(len(PLACEMENTS)), rng.integers(len(DEPTHS)), rng.random() < 0.45
     if composite:
