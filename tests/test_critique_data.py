@@ -375,6 +375,15 @@ def test_the_kind_is_unknown_where_the_subject_is_out_of_the_frame(critique_sour
         assert critique_data._plain(canvas, photo, framing, {}, "natural", rng).kind == kind
 
 
+def test_noise_changes_no_quality(critique_sources, monkeypatch):
+    options = {"natural_share": 0, "light_share": 0, "style_share": 0}
+    labels = []
+    for grain in (lambda image: image, lambda image: image.effect_spread(60)):
+        monkeypatch.setattr(critique_data, "with_grain", lambda image, *args, grain=grain, **kwargs: grain(image))
+        labels.append([make_sample(i, "train", 0, critique_sources["train"], **options)["aspects"] for i in range(8)])
+    assert labels[0] == labels[1]
+
+
 def test_a_style_is_no_fault(critique_sources):
     options = {"composite_share": 1, "natural_share": 0, "light_share": 0, "style_share": 1, "bar_share": 0}
     seen = dict.fromkeys(STYLES, 0)
