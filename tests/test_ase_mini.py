@@ -14,8 +14,11 @@ import train_ase_mini
 from common import critique
 from critique_captions import ASPECTS, FAULTS, named_aspects
 from huggingface_hub import ModelCard
+from jinja2 import TemplateError
 from PIL import Image, ImageEnhance
 from transformers import AutoModelForImageTextToText, AutoProcessor, Dinov2Config, Dinov2Model
+
+from ase_mllm.processing_ase import AESTHETIC_PROMPTS
 
 
 ROOT = Path(__file__).parents[1]
@@ -44,6 +47,46 @@ def test_faults_are_named_and_lower_the_score():
     plain, dark = critique(model, processor, [photo, ImageEnhance.Brightness(photo).enhance(0.35)], [(8, 8)] * 2)
     assert "underexposed" in dark["caption"] and "underexposed" not in plain["caption"]
     assert dark["score"]["mean"] < plain["score"]["mean"] - 0.5
+
+
+def chat_of(*content: str, role: str = "user") -> dict:
+    items = [{"type": "image"} if item == "<image>" else {"type": "text", "text": item} for item in content]
+    return {"role": role, "content": items}
+
+
+@pytest.mark.parametrize(
+    "chat",
+    [
+        [chat_of("<image>", AESTHETIC_PROMPTS["critique"])],
+        [chat_of(AESTHETIC_PROMPTS["critique"], "<image>")],
+        [chat_of("Describe this image", "<image>", "in one sentence")],
+        [{"role": "system", "content": "You are helpful."}, chat_of("<image>")],
+        [chat_of("You are helpful.", role="system"), chat_of("<image>", "Hello")],
+        [{"role": "user", "content": "<image>\nDescribe this image"}],
+        [chat_of("<image>"), {"role": "assistant", "content": "Hm."}, {"role": "user", "content": "And the sky?"}],
+        [chat_of("<image>"), chat_of("Hm.", role="assistant"), chat_of("And the sky?")],
+    ],
+)
+def test_whatever_is_asked_the_model_reads_what_it_was_taught(chat):
+    processor = AutoProcessor.from_pretrained(BUNDLE)
+    asked = processor.apply_chat_template(chat, add_generation_prompt=True)
+    assert asked == f"<image>{AESTHETIC_PROMPTS['critique']}\n" == processor.critique_prompt()
+
+
+def test_a_chat_to_learn_from_is_asked_and_answered_in_turn():
+    processor, question = AutoProcessor.from_pretrained(BUNDLE), AESTHETIC_PROMPTS["critique"]
+    chat = [chat_of("Say", "<image>"), {"role": "assistant", "content": "So."}, chat_of("More"), chat_of("Or", "so.")]
+    chat[-1]["role"] = "assistant"
+    assert processor.apply_chat_template(chat) == f"<image>{question}\nSo.</s>{question}\nOrso.</s>"
+
+
+def test_a_chat_without_a_photograph_is_refused_in_words():
+    with pytest.raises(TemplateError, match="no photograph in this chat"):
+        AutoProcessor.from_pretrained(BUNDLE).apply_chat_template([chat_of("Hello")], add_generation_prompt=True)
+
+
+def test_the_template_is_the_training_scripts():
+    assert (BUNDLE / "chat_template.jinja").read_text(encoding="utf-8") == train_ase_mini.CHAT_TEMPLATE
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from openai import OpenAI
+from openai import APIStatusError, OpenAI
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 from transformers.cli.serving.model_manager import ModelManager
@@ -126,6 +126,42 @@ def test_the_readmes_client_prints_what_generate_writes(server, critiques, monke
     monkeypatch.chdir(ROOT)
     exec(block.replace("http://localhost:8000", server), {})
     assert capsys.readouterr().out.strip() == critiques[0].strip()
+
+
+@pytest.mark.parametrize("photo", sorted((ROOT / "examples" / "photos").glob("*.jpg")), ids=lambda photo: photo.stem)
+def test_the_order_of_text_and_image_is_all_the_same(client, photo):
+    ((user,), question) = openai_chat(photo), "Describe this image"
+    image, text = user["content"]
+    asked = {
+        "image first": [user],
+        "text first": [{**user, "content": [text, image]}],
+        "a question of its own": [{**user, "content": [{"type": "text", "text": question}, image]}],
+        "a system message": [{"role": "system", "content": "You are helpful."}, user],
+        "image alone": [{**user, "content": [image]}],
+    }
+    answers = {
+        name: client.create(model=MODEL, messages=chat).choices[0].message.content for name, chat in asked.items()
+    }
+    assert len(answers["image first"].split()) > 5
+    assert len(set(answers.values())) == 1, answers
+
+
+def test_a_chat_that_goes_on_gets_the_critique_again(client, critiques):
+    chat = openai_chat(PHOTOS[0]) + [
+        {"role": "assistant", "content": "Hm."},
+        {"role": "user", "content": "And the sky?"},
+    ]
+    assert client.create(model=MODEL, messages=chat).choices[0].message.content == critiques[0]
+
+
+def test_a_chat_without_a_photograph_is_no_critique(server, critiques):
+    with OpenAI(base_url=f"{server}/v1", api_key="none") as client:  # tries again: after an error the server hangs up
+        with pytest.raises(APIStatusError):
+            client.chat.completions.create(
+                model=MODEL, messages=[{"role": "user", "content": "Critique my photograph"}]
+            )
+        answer = client.chat.completions.create(model=MODEL, messages=openai_chat(PHOTOS[0]))
+    assert answer.choices[0].message.content == critiques[0]
 
 
 def test_an_answer_is_streamed_token_by_token(client, critiques):

@@ -73,12 +73,42 @@ WEIGHTS = {"score_loss_weight": 5.0, "aspect_loss_weight": 3.0, "saliency_loss_w
 SHARD = 250  # pictures in a file
 VARIANTS, TURNED_OVER = 3, 4  # verdicts of each picture to learn from, and how many aspects at most differ in them
 MOST_ALARMS = 0.02  # of the pictures without a fault, by which thresholds are set
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] == 'user' %}{% for item in message['content'] %}"
-    "{% if item['type'] == 'image' %}<image>{% else %}{{ item['text'] }}{% endif %}{% endfor %}\n"
-    "{% else %}{% generation %}{{ message['content'] if message['content'] is string else message['content'][0]['text'] }}"
-    "</s>{% endgeneration %}{% endif %}{% endfor %}"
-)
+CHAT_TEMPLATE = r"""{#- The one question that the model was taught: it is asked this one, after the photographs, whatever the words were. -#}
+{%- set question = 'Critique this photograph: what is good, what is wrong, what would help?' -%}
+{%- macro photographs(message) -%}
+{%- if message['content'] is string -%}
+{{- '<image>' * (message['content'].split('<image>') | length - 1) -}}
+{%- else -%}
+{%- for item in message['content'] -%}{{- '<image>' if item['type'] in ['image', 'image_url'] else '' -}}{%- endfor -%}
+{%- endif -%}
+{%- endmacro -%}
+{%- if add_generation_prompt -%}
+{#- A chat that goes on is asked anew about all of its photographs: there were no further turns in training. -#}
+{%- set ns = namespace(photographs='') -%}
+{%- for message in messages if message['role'] == 'user' -%}
+{%- set ns.photographs = ns.photographs ~ photographs(message) -%}
+{%- endfor -%}
+{%- if not ns.photographs -%}
+{{- raise_exception('There is no photograph in this chat, and this model does nothing but critique photographs: send one.') -}}
+{%- endif -%}
+{{- ns.photographs ~ question ~ '\n' -}}
+{%- else -%}
+{%- for message in messages -%}
+{%- if message['role'] == 'user' -%}
+{{- photographs(message) ~ question ~ '\n' -}}
+{%- elif message['role'] == 'assistant' -%}
+{%- generation -%}
+{%- if message['content'] is string -%}
+{{- message['content'] -}}
+{%- else -%}
+{%- for item in message['content'] -%}{{- item['text'] -}}{%- endfor -%}
+{%- endif -%}
+{{- '</s>' -}}
+{%- endgeneration -%}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+"""
 
 
 # Pictures ------------------------------------------------------------------------------------------------------------
