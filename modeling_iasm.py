@@ -355,8 +355,10 @@ class ImageAestheticSaliencyModule(ASEPreTrainedModel):
         """Undoes the base's normalisation and resizes: `(n, 3, h, w)` in 0..1, sides multiples of 32."""
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
             raise ValueError(f"The IASM takes images (n, 3, height, width), got {tuple(pixel_values.shape)}.")
-        mean = torch.tensor(self.config.image_mean, device=pixel_values.device).view(1, -1, 1, 1)
-        std = torch.tensor(self.config.image_std, device=pixel_values.device).view(1, -1, 1, 1)
+        device = pixel_values.device
+        # without `non_blocking` a GPU would wait for its host in every call
+        mean = torch.tensor(self.config.image_mean).view(1, -1, 1, 1).to(device, non_blocking=True)
+        std = torch.tensor(self.config.image_std).view(1, -1, 1, 1).to(device, non_blocking=True)
         pixels = pixel_values.float() * std + mean
         height, width = pixels.shape[-2:]
         scale = self.config.image_size / (height * width) ** 0.5

@@ -1,6 +1,5 @@
 """The bundled model: what the folder holds, and that training and evaluation run end to end, small."""
 
-import functools
 import json
 import sys
 from pathlib import Path
@@ -104,7 +103,7 @@ def test_training_and_evaluation_run_small(tmp_path, monkeypatch, critique_sourc
     out, figures, work = tmp_path / "out", tmp_path / "figures.json", tmp_path / "work"
     arguments = f"--encoder {encoder} --pictures 20 --samples 4 --batch-size 2 --workers 1 --work {work} --out {out}"
     train_ase_mini.main(arguments.split())
-    assert {path.stem for path in work.glob("*.json")} == {"module", "critique"}
+    assert {path.stem for path in work.glob("*.json")} == {"text", "module", "whole"}
     (out / "README.md").write_text((BUNDLE / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
     arguments = f"--model {out} --samples 4 --batch-size 2 --json {figures}"
     monkeypatch.setattr(sys, "argv", ["evaluate_ase_mini.py", *arguments.split()])
@@ -116,44 +115,61 @@ def test_training_and_evaluation_run_small(tmp_path, monkeypatch, critique_sourc
     assert metrics["CIDEr"] == round(measured["text"]["CIDEr"], 4)
 
 
-def test_pictures_come_in_while_a_stage_runs(tmp_path, monkeypatch, critique_sources):
+@pytest.fixture
+def lesson(tmp_path, monkeypatch, critique_sources, encoder):
+    """A model, and a lesson of text on three pictures with their verdicts."""
     monkeypatch.setattr(train_ase_mini, "load_sources", lambda split, folder: critique_sources[split])
-    monkeypatch.setattr(train_ase_mini, "SHARD", 2)
-    make = functools.partial(train_ase_mini.make_shard, folder=tmp_path, name="train", number=5, seed=0, sources=None)
-    make(0)
-    pool = train_ase_mini.Pool(tmp_path, "train", torch.device("cpu"))
-    first = {name: column.clone() for name, column in pool.columns.items()}
-    make(2), make(4)
-    pool.refresh(), pool.refresh()
-    assert len(pool) == 5
-    assert all(torch.equal(pool.columns[name][:2], column) for name, column in first.items())
-    with pytest.raises(FileNotFoundError, match="--stage pictures"):
-        train_ase_mini.Pool(tmp_path, "validation", torch.device("cpu"))
-
-
-def test_a_text_learns_the_verdict_that_it_is_given(tmp_path, monkeypatch, critique_sources, encoder):
-    """In the lesson the verdict token is made of the verdict that the text was composed of, whatever the module finds."""
-    monkeypatch.setattr(train_ase_mini, "load_sources", lambda split, folder: critique_sources[split])
-    train_ase_mini.make_pictures(tmp_path, "train", 3, 0, None, 1)
+    train_ase_mini.make_pictures(tmp_path, "train", 3, 0, None, encoder, 1)
     pool = train_ase_mini.Pool(tmp_path, "train", torch.device("cpu"))
     processor = train_ase_mini.build_processor(["A plain record of what was there."] * 5)
-    model = train_ase_mini.build_model(processor, encoder)
-    verdicts, tokens = train_ase_mini.write_critiques(model.eval(), processor, pool, 1, 0)
-    assert verdicts.shape == (3, 3, len(ASPECTS)) and tokens.shape[:2] == (3, 3)
-    for verdict, row in zip(verdicts.flatten(0, 1), tokens.flatten(0, 1)):
-        text = processor.tokenizer.decode(row, skip_special_tokens=True)
-        assert named_aspects(text) == {name for name, sign in zip(ASPECTS, verdict) if sign > 0}
-    lesson = train_ase_mini.CritiqueLesson(model, pool, verdicts, tokens)
-    lesson.set_prompt(processor)
-    seen = []
-    handle = model.model.iasm.verdict.register_forward_hook(lambda module, args, output: seen.append(args[0]))
-    lesson(torch.tensor([0, 4]))["loss"].backward()
-    assert torch.equal(seen[0], torch.stack([verdicts[0, 0], verdicts[1, 1]]))
-    assert model.model.iasm.verdict.weight.grad is not None and model.model.iasm.queries.grad is None
+    model = train_ase_mini.build_model(processor, encoder).eval()
+    found = train_ase_mini.find(model, pool).aspect_logits > 0
+    critiques = train_ase_mini.write_critiques(found, processor, pool, 1, 0)
+    return model, train_ase_mini.TextLesson(model, processor, pool, *critiques, train_ase_mini.SIDE**2)
+
+
+def test_lessons_on_kept_states_are_of_what_the_model_computes(lesson):
+    model, lesson = lesson
+    rows = torch.arange(3)
+    pixels = train_ase_mini.normalise(lesson.pool.columns["image"])
     with torch.no_grad():
-        model.get_image_features(pixel_values=pool.pixels(torch.tensor([0])))
-    assert torch.equal(seen[1], (train_ase_mini.find_aspects(model, pool)[:1] > 0).float() * 2 - 1)
+        outputs = model.get_image_features(pixel_values=pixels, return_dict=True)
+        features = lesson.features(torch.zeros_like(rows), rows)
+        found = train_ase_mini.find(model, lesson.pool)
+    # the states are kept in half precision
+    torch.testing.assert_close(found.aspect_logits, outputs.aspect_logits, atol=2e-2, rtol=0)
+    torch.testing.assert_close(found.saliency_maps, outputs.saliency_maps, atol=1e-4, rtol=0)
+    torch.testing.assert_close(features, torch.stack(list(outputs.pooler_output)), atol=2e-2, rtol=0)
+
+
+def test_a_text_learns_the_verdict_that_it_is_given(lesson):
+    """The verdict token is made of the verdict that the text was composed of, whatever the module finds."""
+    model, lesson = lesson
+    verdicts, tokens = lesson.verdicts, lesson.tokens
+    assert verdicts.shape == (train_ase_mini.VARIANTS, 3, len(ASPECTS))
+    turned = (verdicts[1:] != verdicts[0]).sum(-1)
+    assert turned.min() == 0 and 0 < turned.max() < 12
+    for verdict, row in zip(verdicts.flatten(0, 1), tokens.flatten(0, 1)):
+        text = lesson.tokenizer.decode(row, skip_special_tokens=True)
+        assert named_aspects(text) == {name for name, sign in zip(ASPECTS, verdict) if sign > 0}
+    seen = []
+    handle = lesson.verdict.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    lesson(torch.tensor([0, 4]))["loss"].backward()
     handle.remove()
+    assert torch.equal(seen[0], torch.stack([verdicts[0, 0], verdicts[1, 1]]))
+    assert lesson.verdict.weight.grad.abs().sum() > 0 and model.model.iasm.queries.grad is None
+
+
+def test_batches_are_of_texts_of_a_length_and_hold_each_row_as_often():
+    lengths = torch.arange(1000) % 97
+    batches = train_ase_mini.draw_batches(lengths, 250, 8, seed=0)
+    assert len(batches) == 250 and torch.cat(batches).bincount().eq(2).all()
+    assert np.mean([lengths[batch].float().std() for batch in batches]) < 3
+
+
+def test_pictures_that_are_not_there_are_asked_for(tmp_path):
+    with pytest.raises(FileNotFoundError, match="--stage pictures"):
+        train_ase_mini.Pool(tmp_path, "validation", torch.device("cpu"))
 
 
 def test_thresholds_are_set_where_few_alarms_are_raised(monkeypatch):
@@ -163,7 +179,7 @@ def test_thresholds_are_set_where_few_alarms_are_raised(monkeypatch):
     head = torch.nn.Linear(1, 1)
     torch.nn.init.zeros_(head.bias)
     model = SimpleNamespace(model=SimpleNamespace(iasm=SimpleNamespace(aspect_head=head)))
-    monkeypatch.setattr(train_ase_mini, "find_aspects", lambda model, pool: logits)
+    monkeypatch.setattr(train_ase_mini, "find", lambda model, pool: SimpleNamespace(aspect_logits=logits))
     train_ase_mini.calibrate(model, SimpleNamespace(columns={"aspects": truth}))
     said = (logits + head.bias > 0).squeeze(1)
     assert said[:20].all() and not said[20:].any()

@@ -20,7 +20,8 @@ NUM_GEOMETRY = 24  # of `map_geometry`
 
 def _colour_planes(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """RGB `(n, 3, h, w)` to luma `(n, 1, h, w)` and the colour differences B - Y, R - Y `(n, 2, h, w)`."""
-    weights = pixels.new_tensor([0.2126, 0.7152, 0.0722]).view(1, 3, 1, 1)
+    weights = torch.tensor([0.2126, 0.7152, 0.0722], dtype=pixels.dtype).view(1, 3, 1, 1)
+    weights = weights.to(pixels.device, non_blocking=True)  # or a GPU would wait for its host
     luma = (pixels * weights).sum(1, keepdim=True)
     return luma, torch.cat([pixels[:, 2:3] - luma, pixels[:, 0:1] - luma], dim=1)
 

