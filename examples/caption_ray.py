@@ -22,7 +22,6 @@ could be started.
 
 import argparse
 import json
-import logging
 import os
 import sys
 import warnings
@@ -37,8 +36,9 @@ from photo_files import Failure, Photo, find_photos, read_photo
 from PIL import Image
 
 
-# NOTE: before Ray is imported. It would report to its makers how it is used
+# NOTE: before Ray is imported. It would report to its makers how it is used, and here what it plans
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
 try:
     import ray
 except ImportError:
@@ -201,6 +201,7 @@ def caption(paths: list[str], args: argparse.Namespace):
     ray.data.DataContext.get_current().enable_progress_bars = sys.stderr.isatty()
     # NOTE: never `max_errored_blocks`: it leaves rows out without a word. Errors are a column, and what is none ends the
     # run. Without the blocks a run that is killed would have written nothing
+    warnings.filterwarnings("ignore", message=".*ray_remote_args_fn.*")  # there is no other way to say how often
     rows = ray.data.from_arrow(pa.table({"path": pa.array(paths, pa.string())}))
     rows = rows.repartition(target_num_rows_per_block=args.block)
     rows = rows.map_batches(
@@ -261,8 +262,7 @@ def start_ray(address: str | None):
     options = (
         {"address": address} if address else {"num_cpus": max(2, os.cpu_count() or 2), "include_dashboard": False}
     )
-    ray.init(**options, log_to_driver=False, logging_level="warning")
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    ray.init(**options, log_to_driver=False, logging_level="error")
 
 
 def main(argv: list[str] | None = None) -> int:
