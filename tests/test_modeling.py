@@ -16,6 +16,7 @@ from conftest import (
     graft,
     is_added,
     make_inputs,
+    open_gates,
     tiny_base,
     tiny_config,
     tiny_model,
@@ -86,6 +87,20 @@ def test_loading_arguments_reach_the_base(tmp_path):
     assert model.config._attn_implementation == model.config.mllm_config._attn_implementation == "eager"
     with pytest.raises(ValueError, match=r"takes no loading arguments, got \['dtype'\]"):
         graft(tiny_base(), dtype=torch.bfloat16)
+
+
+def test_beside_half_precision_the_saliency_branch_is_in_single():
+    """In half it could not be trained: Adam's steps vanish, or end in NaN."""
+    inputs = make_inputs()
+    inputs["pixel_values"] = inputs["pixel_values"].half()
+    base = tiny_base().half()
+    expected = logits(base, **inputs)
+    model = graft(base)
+    assert {parameter.dtype for parameter in model.model.mllm.parameters()} == {torch.float16}
+    for part in (model.model.iasm, model.model.fusions):
+        assert {parameter.dtype for parameter in part.parameters()} == {torch.float32}
+    assert torch.equal(logits(model, **inputs), expected)
+    assert not torch.equal(logits(open_gates(model), **inputs), expected)
 
 
 def test_the_normalisation_is_read_from_the_image_processor(tmp_path):

@@ -386,7 +386,8 @@ class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
 
         Args:
             pretrained_model_name_or_path_or_model: A folder, a Hub id, or the model itself, which becomes a part of
-                the new one and keeps its weights, dtype, device and attention.
+                the new one and keeps its weights, dtype, device and attention. The saliency branch has the base's dtype, or
+                float32 beside float16.
             iasm_config, fusion_layers, fusion_hidden_size, fusion_num_attention_heads: See `ASEConfig`. The image
                 normalisation is read from the folder's image processor unless `iasm_config` names it.
             kwargs: Passed to `AutoModelForImageTextToText.from_pretrained`.
@@ -417,8 +418,10 @@ class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
         config.dtype = mllm.dtype
         model = cls(config, mllm)
         device = model._inherit_devices(mllm)
-        model.model.iasm.to(dtype=mllm.dtype, device=device)
-        model.model.fusions.to(dtype=mllm.dtype, device=device)
+        # in half precision the added part could not be trained (Adam's steps are none or NaN); loading keeps it so, too
+        dtype = torch.float32 if mllm.dtype == torch.float16 else mllm.dtype
+        model.model.iasm.to(dtype=dtype, device=device)
+        model.model.fusions.to(dtype=dtype, device=device)
         model._inherit_quantisation(mllm)
         model.generation_config = mllm.generation_config
         return model.train(mllm.training)
