@@ -50,7 +50,6 @@ from transformers import (
     LlavaProcessor,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
     set_seed,
@@ -61,6 +60,7 @@ from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from common import set_gate_rate
+from training_guards import GuardedTrainer
 
 from ase_mllm import ASEForConditionalGeneration, ASEProcessor
 from ase_mllm.modeling_iasm import IASMOutput, join_outputs
@@ -531,7 +531,7 @@ def train_stage(stage: str, lesson: nn.Module, args: argparse.Namespace):
         done = min(1.0, max(step / steps, clock.spent()))
         return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * done))
 
-    trainer = Trainer(
+    trainer = GuardedTrainer(
         lesson,
         arguments,
         train_dataset=draw_batches(lesson.lengths(), steps, batch_size, args.seed),
