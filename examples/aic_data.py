@@ -325,12 +325,21 @@ def split_off_validation(
     train = splits["train"]
     if splits.get("validation"):
         return train, splits["validation"]
-    photographs = sorted(set(train["image_id"]))
+    return take_out(train, hold_out(train["image_id"], share, seed))
+
+
+def hold_out(image_ids: Iterable[str], share: float, seed: int) -> set[str]:
+    """A share of the photographs, at least one of them, drawn by `seed`."""
+    photographs = sorted(set(image_ids))
     if len(photographs) < 2:
         raise ValueError("One photograph cannot be split into training and validation.")
-    held_out = set(random.Random(seed).sample(photographs, max(1, round(share * len(photographs)))))
-    is_held_out = np.array([image_id in held_out for image_id in train["image_id"]])
-    return train.select(np.flatnonzero(~is_held_out)), train.select(np.flatnonzero(is_held_out))
+    return set(random.Random(seed).sample(photographs, max(1, round(share * len(photographs)))))
+
+
+def take_out(rows: datasets.Dataset, photographs: set[str]) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """The rows of all other photographs, and those of these."""
+    is_theirs = np.array([image_id in photographs for image_id in rows["image_id"]], dtype=bool)
+    return rows.select(np.flatnonzero(~is_theirs)), rows.select(np.flatnonzero(is_theirs))
 
 
 # Training rows -------------------------------------------------------------------------------------------------------
@@ -342,7 +351,8 @@ def training_rows(
     """
     One row for each caption, in the columns of `ASEDataCollator`, with its `length` in tokens.
 
-    A photograph that has a score but no caption is one row with an empty caption of weight 0.
+    A photograph that has a score but no caption is one row with an empty caption of weight 0. Where topics are called as
+    the processor's aspects are and a row has no `aspect_labels`, the scores of the topics become them.
     """
     names = ("image", "image_id", "score", "aspect_labels", "saliency")
     features = datasets.Features(
@@ -365,6 +375,9 @@ def training_rows(
                 for name in names:
                     result[name].append(batch[name][i])
                 result["score"][-1] = batch["score"][i] or score_of_mean(batch["score_mean"][i])
+                result["aspect_labels"][-1] = batch["aspect_labels"][i] or labels_of_topics(
+                    batch["topic_scores"][i], processor.aspect_names
+                )
                 result["prompt"].append(prompts[asked[i]])
                 result["caption"].append(caption)
                 result["caption_weight"].append(weight)
@@ -386,6 +399,13 @@ def score_of_mean(mean: float | None) -> list[float] | None:
     if mean is None:
         return None
     return np.clip(1 - np.abs(np.arange(1, 11) - mean), 0, 1).tolist()
+
+
+def labels_of_topics(scores: list[dict[str, Any]] | None, names: list[str] | None) -> list[float] | None:
+    """Scores of topics that are called as aspects are: 0 the worst, 1 the best, -1 unknown; None where all are unknown."""
+    known = {one["topic"]: (one["score"] - 1) / 9 for one in scores or []}
+    labels = [known.get(name, -1.0) for name in names or []]
+    return labels if any(label >= 0 for label in labels) else None
 
 
 def topic_question(topic: str | None) -> str:

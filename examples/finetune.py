@@ -5,8 +5,11 @@ Fine-tunes any vision-language model, or an ASE checkpoint, to critique photogra
 
 `my-photographs` holds pictures and a metadata.jsonl, one line a picture:
     {"file_name": "petra.jpg", "caption": "The light is soft, the horizon tilts.", "score": 6.5}
-aic_data.py says what else is read: PCCD, AVA and others, CSV, Hub data sets, further columns. Without a split
-`validation`, `--validation_share` of the photographs is set aside for it; a split `test` is never looked at.
+aic_data.py says what else is read: PCCD, AVA and others, CSV, Hub data sets, further columns. Several sources are one:
+    --data PCCD AVA-Captions my-photographs --images PCCD/images AVA/images - --data_weights 1 0.2 3 --pccd joined
+A photograph to train on in one that another evaluates on is refused. Without a split `validation`, `--validation_share`
+of the photographs is set aside for it; a split `test` is never looked at. `--aspect_names topics` of a new graft trains the
+module's aspects by the data's scores of topics, e.g. PCCD's seven.
 
 Interrupted, even by kill -9, the same command goes on from the last whole checkpoint, unless the data have changed
 meanwhile. Stages (`--stage`):
@@ -42,11 +45,12 @@ import peft
 import torch
 import transformers
 from accelerate.utils import gather_object
-from aic_data import Report, load, parse_columns, split_off_validation, topic_prompt, training_rows
+from aic_data import Report, parse_columns, split_off_validation, topic_question, training_rows
 from common import set_gate_rate, words, write_captions
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from metrics import caption_scores, topic_coverage
-from module_stage import ModuleTrainer, train_module
+from mixtures import load_mixture
+from module_stage import ModuleTrainer, first_places, train_module
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image, ImageDraw, ImageFont
 from training_guards import GuardedTrainer, check_weights, describe_rows, keep_to_run, last_checkpoint
@@ -81,8 +85,16 @@ LOSS_TERMS = ("caption_loss", "score_loss", "saliency_loss", "aspect_loss")
 @dataclass
 class ScriptArguments:
     model: str = field(metadata={"help": "A base model to graft or an ASE checkpoint to continue: folder or Hub id."})
-    data: str = field(metadata={"help": "Folder, file or Hub id in one of the forms of aic_data.py."})
-    images: str | None = field(default=None, metadata={"help": "Folder of the pictures, if they are elsewhere."})
+    data: list[str] = field(metadata={"help": "Folders, files or Hub ids, each in one of the forms of aic_data.py."})
+    images: list[str] | None = field(
+        default=None, metadata={"help": "Folder of the pictures of each, if they are elsewhere; - if they are not."}
+    )
+    data_weights: list[float] | None = field(
+        default=None, metadata={"help": "How often each of the data is trained on: 2 twice, 0.5 half of it, drawn."}
+    )
+    pccd: Literal["aspects", "joined", "general"] = field(
+        default="aspects", metadata={"help": "Which texts of PCCD are a row: each topic's, all together, the general."}
+    )
     columns: list[str] = field(default_factory=list, metadata={"help": "Columns of other names, e.g. caption=text."})
     score_range: list[float] | None = field(default=None, metadata={"help": "Worst and best score, if not 1 10."})
     decode_images: bool = field(default=False, metadata={"help": "Decode all pictures first to find damaged ones."})
@@ -94,7 +106,9 @@ class ScriptArguments:
     stage: Literal["module", "added", "lora", "all"] = field(default="lora", metadata={"help": "What is trained."})
     dtype: str = field(default="float32", metadata={"help": "Of the base. The added modules train in float32."})
     fusion_layers: list[int] | None = field(default=None, metadata={"help": "Of a new graft: see `ASEConfig`."})
-    aspect_names: list[str] | None = field(default=None, metadata={"help": "Of a new graft, for `aspect_labels`."})
+    aspect_names: list[str] | None = field(
+        default=None, metadata={"help": "Of a new graft, for `aspect_labels`; topics: those with scores in the data."}
+    )
     score_loss_weight: float | None = field(default=None, metadata={"help": "Default: as in the configuration."})
     saliency_loss_weight: float | None = field(default=None, metadata={"help": "Default: as in the configuration."})
     aspect_loss_weight: float | None = field(default=None, metadata={"help": "Default: as in the configuration."})
@@ -159,6 +173,11 @@ def load_model(args: ScriptArguments) -> PreTrainedModel:
         return AutoModelForImageTextToText.from_pretrained(args.model, dtype=args.dtype)
     if has_branch:
         model = ASEForConditionalGeneration.from_pretrained(args.model, dtype=args.dtype)
+        if (names := model.config.iasm_config.aspect_names) != args.aspect_names and args.aspect_names is not None:
+            raise ValueError(
+                f"--aspect_names are of a new graft; {args.model} has learned {', '.join(names) or 'none'}, and the data's "
+                f"would be {', '.join(args.aspect_names) or 'none'}."
+            )
     else:
         iasm_config = {} if args.aspect_names is None else {"aspect_names": args.aspect_names}
         model = ASEForConditionalGeneration.from_mllm_pretrained(
@@ -276,34 +295,36 @@ class CritiqueTrainer(GuardedTrainer):
 
     @torch.no_grad()
     def write_critiques(self) -> tuple[list[str], dict[int, Image.Image]]:
-        """The critiques of all photographs, each process writing its share, and pictures of the first `num_samples`."""
+        """The critiques of all rows, each process writing its share, and pictures of the first `num_samples` photographs."""
         processes, count = self.accelerator.num_processes, len(self.photographs)
         # as many rounds for every process, or generation with sharded weights waits for ever
         rounds = -(-count // processes)
         mine = [i % count for i in range(self.accelerator.process_index, rounds * processes, processes)]
         step, processor = self.args.per_device_eval_batch_size, self.processing_class
         critiques, pictures = {}, {}
+        drawn = set(first_places(self.photographs["image_id"])[: self.script_args.num_samples])
         self.model.eval()
         for indices in (mine[start : start + step] for start in range(0, len(mine), step)):
             rows = [self.photographs[i] for i in indices]
             images = [read_photograph(row["image"]) for row in rows]
-            prompts = [topic_prompt(processor, row["topic"], row["prompt"]) for row in rows]
+            questions = [row["prompt"] or topic_question(row["topic"]) for row in rows]
+            prompts = [processor.critique_prompt(question) for question in questions]
             inputs = self._prepare_inputs(processor(images=images, text=prompts, padding=True, return_tensors="pt"))
             with self.compute_loss_context_manager():
                 texts, outputs = write_captions(
                     self.model, processor, inputs, max_new_tokens=self.script_args.max_new_tokens
                 )
             critiques |= dict(zip(indices, texts))
-            if len(pictures) * processes < self.script_args.num_samples:
-                pictures |= dict(zip(indices, draw_samples(processor, outputs, images, texts)))
+            if drawn & set(indices):
+                samples = zip(indices, draw_samples(processor, outputs, images, questions, texts))
+                pictures |= {i: sample for i, sample in samples if i in drawn}
         critiques, pictures = (dict(gather_object(list(part.items()))) for part in (critiques, pictures))
-        first = sorted(pictures)[: self.script_args.num_samples]
-        return [critiques[i] for i in range(count)], {i: pictures[i] for i in first}
+        return [critiques[i] for i in range(count)], {i: pictures[i] for i in sorted(pictures)}
 
     def write_samples(self, pictures: dict[int, Image.Image], critiques: list[str]):
         folder = Path(self.args.output_dir, "samples", f"step-{self.state.global_step:06d}")
         folder.mkdir(parents=True, exist_ok=True)
-        rows = self.photographs.select_columns(["image_id", "topic"]).rename_column("topic", "aspect")
+        rows = self.photographs.select_columns(["image_id", "topic", "prompt"]).rename_column("topic", "aspect")
         lines = [json.dumps({**row, "caption": text}) + "\n" for row, text in zip(rows, critiques)]
         (folder / "captions.jsonl").write_text("".join(lines), encoding="utf-8")  # evaluate_captions.py reads it
         for i, picture in pictures.items():
@@ -315,17 +336,17 @@ class CritiqueTrainer(GuardedTrainer):
 
 
 def draw_samples(
-    processor: ASEProcessor, outputs: Any, images: list[Image.Image], texts: list[str]
+    processor: ASEProcessor, outputs: Any, images: list[Image.Image], questions: list[str], texts: list[str]
 ) -> list[Image.Image]:
-    """Photograph and heat map side by side, the critique below them."""
+    """Photograph and heat map side by side, the question and the critique below them."""
     overlays, maps = images, outputs.get("saliency_maps")
     if maps is not None and len(maps) == len(images):  # otherwise none, or tiles, each with a map of its own
         heat = processor.post_process_saliency(outputs, [image.size[::-1] for image in images])
         overlays = [processor.overlay_saliency(image, one) for image, one in zip(images, heat)]
     samples = []
-    for image, overlay, text in zip(images, overlays, texts):
+    for image, overlay, question, text in zip(images, overlays, questions, texts):
         width, height = (max(1, round(side * 480 / max(image.size))) for side in image.size)
-        lines = textwrap.wrap(text, 2 * width // 7)
+        lines = [line for part in (question, text) for line in textwrap.wrap(part, 2 * width // 7)]
         sample = Image.new("RGB", (2 * width, height + 10 + 18 * len(lines)), "white")
         sample.paste(image.resize((width, height)), (0, 0))
         sample.paste(overlay.resize((width, height)), (width, 0))
@@ -349,7 +370,7 @@ def caption_metrics(critiques: list[str], references: list[list[str]]) -> dict[s
 # Result --------------------------------------------------------------------------------------------------------------
 
 
-def save_result(trainer: CritiqueTrainer | ModuleTrainer, processor: ASEProcessor, report: Report):
+def save_result(trainer: CritiqueTrainer | ModuleTrainer, processor: ASEProcessor, reports: list[Report]):
     """The model as one folder that loads anywhere; an adapter is kept too, and merged into the base."""
     args, out = trainer.script_args, Path(trainer.args.output_dir)
     check_weights(trainer.model)
@@ -366,19 +387,19 @@ def save_result(trainer: CritiqueTrainer | ModuleTrainer, processor: ASEProcesso
         unset_hf_deepspeed_config()
         PeftModel.from_pretrained(load_model(args), out / "adapter").merge_and_unload().save_pretrained(out)
     (processor if args.graft == "ase" else processor.base_processor).save_pretrained(out)
-    write_card(trainer, report)
+    write_card(trainer, reports)
     if args.push_to is not None:
         HfApi().create_repo(args.push_to, exist_ok=True)
         unwanted = ["checkpoint-*", "samples/*", "runs/*", "adapter/*"]
         HfApi().upload_folder(repo_id=args.push_to, folder_path=out, ignore_patterns=unwanted)
 
 
-def write_card(trainer: CritiqueTrainer | ModuleTrainer, report: Report):
+def write_card(trainer: CritiqueTrainer | ModuleTrainer, reports: list[Report]):
     args, out, state = trainer.script_args, Path(trainer.args.output_dir), trainer.state
     evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
     best = [entry for entry in evaluations if entry["step"] == state.best_global_step] or evaluations[-1:]
     figures = {name: entry[f"eval_{name}"] for entry in best for name in METRICS if f"eval_{name}" in entry}
-    data, task = Path(args.data).name, "image-text-to-text"
+    data, task = ", ".join(Path(one).name for one in args.data), "image-text-to-text"
     header = ModelCardData(
         model_name=out.name,
         base_model=None if Path(args.model).exists() else args.model,
@@ -398,7 +419,7 @@ def write_card(trainer: CritiqueTrainer | ModuleTrainer, report: Report):
         task=task,
         args=args,
         trainer=trainer,
-        report=report,
+        reports="\n\n".join(map(str, reports)),
         folder=args.push_to or out,
         question=trainer.processing_class.critique_prompt(),
         step=best[0]["step"] if best else state.global_step,
@@ -414,6 +435,18 @@ def check_arguments(args: ScriptArguments):
             raise ValueError(f"--image_token_budget takes two shares, the least and the largest, got {budget}.")
         if args.graft == "none" or args.stage == "module":
             raise ValueError("--image_token_budget is of the saliency branch, and of captions.")
+    if args.data_weights is not None and args.stage == "module":
+        raise ValueError(
+            "--stage module learns once from each photograph, whatever --data_weights say: leave them out."
+        )
+
+
+def scored_topics(rows: datasets.Dataset) -> list[str]:
+    """The topics that have scores, in the order in which the rows name them."""
+    names = dict.fromkeys(one["topic"] for scores in rows["topic_scores"] for one in scores or [])
+    if not names:
+        raise ValueError("--aspect_names topics: no row to train on has scores of topics.")
+    return list(names)
 
 
 def main():
@@ -421,30 +454,34 @@ def main():
     check_arguments(args)
     set_seed(training_args.seed)
 
-    # Model
-    processor = ASEProcessor.from_pretrained(args.model)
-    if args.aspect_names is not None:
-        processor.aspect_names = args.aspect_names
-    processor.tokenizer.padding_side = "left"  # as generation in batches needs it
-    model = prepare_stage(load_model(args), args)
-
     # Data
+    processor = ASEProcessor.from_pretrained(args.model)
+    processor.tokenizer.padding_side = "left"  # as generation in batches needs it
     with training_args.main_process_first(desc="reading the data"):
-        splits, report = load(
+        splits, reports = load_mixture(
             args.data,
-            args.images,
+            args.data_weights,
+            args.images and [None if folder == "-" else folder for folder in args.images],
+            seed=training_args.seed,
+            validation_share=args.validation_share,
             columns=parse_columns(args.columns),
             score_range=args.score_range,
             decode_images=args.decode_images,
+            pccd_texts=args.pccd,
             verbose=training_args.process_index == 0,
         )
         train, validation = split_off_validation(splits, args.validation_share, training_args.seed)
+        if args.aspect_names == ["topics"]:
+            args.aspect_names = scored_topics(train)
+        if args.aspect_names is not None:
+            processor.aspect_names = args.aspect_names
         train_rows, validation_rows = (training_rows(part, processor) for part in (train, validation))
         photographs = validation.filter(len, input_columns="captions")
         if len(photographs) > args.eval_photographs:
             photographs = photographs.shuffle(training_args.seed).select(range(args.eval_photographs))
 
     # Run
+    model = prepare_stage(load_model(args), args)
     evaluates = training_args.eval_strategy != "no"
     shared = {
         "processing_class": processor,
@@ -465,7 +502,7 @@ def main():
     if args.stage == "module":
         kept = {"train_dataset": train_rows, "eval_dataset": validation_rows}
         trainer = train_module(model, kept, collator, training_args, args, resumed, **shared)
-        return save_result(trainer, processor, report)
+        return save_result(trainer, processor, reports)
     trainer = CritiqueTrainer(
         model=model,
         args=training_args,
@@ -481,7 +518,7 @@ def main():
         names = {type(part).__name__ for part in model.modules()} & set(model._no_split_modules)
         trainer.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(names)
     trainer.train(resume_from_checkpoint=resumed)
-    save_result(trainer, processor, report)
+    save_result(trainer, processor, reports)
 
 
 if __name__ == "__main__":

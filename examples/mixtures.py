@@ -6,6 +6,7 @@ Several sources of data as one: their weights, and no photograph that one trains
 AVA, AVA-Captions, DPC-Captions and AVA's comments are of the same photographs by the same ids, with test parts of their own.
 """
 
+import filecmp
 import os
 import random
 from collections.abc import Iterable
@@ -15,7 +16,7 @@ from typing import Any
 
 import datasets
 import numpy as np
-from aic_data import Report, load
+from aic_data import Report, hold_out, load, take_out
 from PIL import Image, ImageOps
 
 
@@ -29,6 +30,7 @@ def load_mixture(
     images: list[str | None] | None = None,
     *,
     seed: int = 0,
+    validation_share: float | None = None,
     **options: Any,
 ) -> tuple[datasets.DatasetDict, list[Report]]:
     """
@@ -40,10 +42,13 @@ def load_mixture(
         weights: How often each source's rows to train on are taken: 2 is each twice, 0.5 half of them, drawn by `seed`.
             Default: as they are.
         images: Folders of the pictures, one a source; None for the source's own.
+        validation_share: Of the photographs to train on, all sources together, that become `validation` where no source
+            has such a split; before any is taken more than once. None: none.
         options: Of `aic_data.load`, the same for all sources.
 
     Raises:
-        ValueError: as `aic_data.load` does, and if a photograph is in train here and in another split there.
+        ValueError: as `aic_data.load` does, and if a photograph is in train here and in another split there: by its id, or
+            by a file of the same bytes.
     """
     weights = weights or [1.0] * len(sources)
     images = images or [None] * len(sources)
@@ -58,6 +63,8 @@ def load_mixture(
         loaded.append(with_own_ids(source, splits, loaded))
         reports.append(report)
     check_apart(list(zip(sources, loaded)))
+    if validation_share is not None and not any(splits.get("validation") for splits in loaded):
+        loaded = with_validation(loaded, validation_share, seed)
     parts: dict[str, list[datasets.Dataset]] = {}
     for splits, weight in zip(loaded, weights):
         for name, rows in splits.items():
@@ -72,18 +79,55 @@ def taken(rows: datasets.Dataset, weight: float, seed: int) -> datasets.Dataset:
     return rows.select([*list(range(len(rows))) * int(times), *sorted(drawn)])
 
 
+def with_validation(sources: list[datasets.DatasetDict], share: float, seed: int) -> list[datasets.DatasetDict]:
+    """The sources with a share of their photographs as `validation`; one that several sources have goes out of all."""
+    trained = [image_id for splits in sources if "train" in splits for image_id in splits["train"]["image_id"]]
+    if not trained:
+        return sources
+    held_out, parted = hold_out(trained, share, seed), []
+    for splits in sources:
+        if "train" in splits:
+            train, validation = take_out(splits["train"], held_out)
+            splits = datasets.DatasetDict({**splits, "train": train, "validation": validation})
+        parted.append(splits)
+    return parted
+
+
 def check_apart(sources: list[tuple[str, datasets.DatasetDict]]):
     """Raises if a photograph is in train of one source and in another split of another."""
-    trained = {name: set(splits["train"]["image_id"]) for name, splits in sources if "train" in splits}
+    trained = [(name, splits["train"]) for name, splits in sources if "train" in splits]
     for name, splits in sources:
-        for split in (one for one in splits if one != "train"):
-            for other, ids in trained.items():
-                if shared := sorted(ids & set(splits[split]["image_id"])):
+        for split, rows in ((one, splits[one]) for one in splits if one != "train"):
+            for other, train in trained:
+                shared = sorted(set(train["image_id"]) & set(rows["image_id"]))
+                if not shared and name != other:
+                    shared = [f"{theirs} is {ours}" for theirs, ours in same_files(rows, train)]
+                if shared:
                     some = ", ".join(shared[:5])
                     raise ValueError(
                         f"{len(shared)} photographs of {split} in {name} are in train of {other}: {some}"
                         f"{' ...' if len(shared) > 5 else ''}. Take them out of one, e.g. by its column `split`."
                     )
+
+
+def same_files(one: datasets.Dataset, other: datasets.Dataset) -> list[tuple[str, str]]:
+    """Ids of photographs whose files are the same, byte for byte; only files of one size are read."""
+    sizes: dict[int, dict[str, str]] = {}
+    for path, image_id in picture_paths(other).items():
+        sizes.setdefault(os.path.getsize(path), {})[path] = image_id
+    pairs = (
+        (path, image_id, there, their_id)
+        for path, image_id in picture_paths(one).items()
+        for there, their_id in sizes.get(os.path.getsize(path), {}).items()
+    )
+    return sorted((mine, theirs) for path, mine, there, theirs in pairs if filecmp.cmp(path, there, shallow=False))
+
+
+def picture_paths(rows: datasets.Dataset) -> dict[str, str]:
+    """The photographs' ids by the paths of their files; those inside of Parquet files are not among them."""
+    unread = rows.cast_column("image", datasets.Image(decode=False))
+    paths = {row["image"]["path"]: row["image_id"] for row in unread.select_columns(["image", "image_id"])}
+    return {path: image_id for path, image_id in paths.items() if path is not None and os.path.isfile(path)}
 
 
 def with_own_ids(

@@ -7,6 +7,7 @@ ViT-S/14 and 224 pixels), and as much again for its pixels.
 
 import inspect
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,17 @@ class KeptInputs(Dataset):
         return load_file(self.files[index])
 
 
+def first_places(image_ids: Iterable[str]) -> list[int]:
+    """The first place of each photograph."""
+    first: dict[str, int] = {}
+    for place, name in enumerate(image_ids):
+        first.setdefault(name, place)
+    return list(first.values())
+
+
 def first_rows(rows: datasets.Dataset) -> datasets.Dataset:
     """One row a photograph: the module learns nothing from a second caption."""
-    first = {}
-    for index, name in enumerate(rows["image_id"]):
-        first.setdefault(name, index)
-    return rows.select(list(first.values()))
+    return rows.select(first_places(rows["image_id"]))
 
 
 @torch.no_grad()

@@ -73,8 +73,8 @@ def test_critiques_are_compared_with_their_own_references():
 def test_tiles_are_drawn_without_a_heat_map():
     photo = Image.new("RGB", (40, 30), "black")
     one, three = (ModelOutput(saliency_maps=torch.ones(count, 4, 4)) for count in (1, 3))
-    (with_heat,) = finetune.draw_samples(tiny_processor(), one, [photo], ["good"])
-    (without,) = finetune.draw_samples(tiny_processor(), three, [photo], ["good " * 200])
+    (with_heat,) = finetune.draw_samples(tiny_processor(), one, [photo], ["What is good?"], ["good"])
+    (without,) = finetune.draw_samples(tiny_processor(), three, [photo], ["What is good?"], ["good " * 200])
     assert with_heat.size[0] == without.size[0] == 960 and with_heat.size[1] < without.size[1]
     assert with_heat.getpixel((480, 10)) != (0, 0, 0) == without.getpixel((480, 10)) == with_heat.getpixel((470, 10))
 

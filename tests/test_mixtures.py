@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import aic_data
 import datasets
 import numpy as np
 import pytest
@@ -56,6 +57,33 @@ def test_a_photograph_of_one_test_is_not_trained_on_in_another(tmp_path, order):
     message = f"1 photographs of test in {two} are in train of {one}: 954."
     with pytest.raises(ValueError, match=message):
         load_mixture([one, two][::order])
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_photograph_of_one_test_is_not_trained_on_under_another_name(tmp_path, order):
+    one = _source(tmp_path / "scores", {"953.jpg": 1, "954.jpg": 2})
+    two = _source(tmp_path / "captions", {"hill.jpg": 2, "lake.jpg": 3}, split="test")
+    with pytest.raises(ValueError, match=f"1 photographs of test in {two} are in train of {one}: hill is 954\\. Take"):
+        load_mixture([one, two][::order])
+    three = _source(tmp_path / "smaller", {"hill.jpg": 2}, split="test", side=64)  # saved anew: only a name would tell
+    assert set(load_mixture([one, three][::order])[0]) == {"train", "test"}
+
+
+def test_what_is_set_aside_goes_out_of_all_sources(tmp_path):
+    scores = _source(tmp_path / "scores", {f"{i}.jpg": i for i in range(6)})
+    texts = _source(tmp_path / "captions", {f"{i}.jpg": i for i in range(3, 9)})
+    splits, _ = load_mixture([scores, texts], [2, 1], validation_share=0.5)
+    held_out, trained = splits["validation"]["image_id"], splits["train"]["image_id"]
+    assert not set(held_out) & set(trained) and len(set(held_out)) == 4 and len(set(trained)) == 5
+    assert (
+        len(held_out) + len(trained)
+        == 12 + sum(captions[0].startswith("scores") for captions in splits["train"]["captions"]) / 2
+    )
+    same = load_mixture([scores], validation_share=0.5, seed=5)[0]
+    alone = aic_data.split_off_validation(aic_data.load(scores)[0], 0.5, 5)
+    assert [same["train"]["image_id"], same["validation"]["image_id"]] == [rows["image_id"] for rows in alone]
+    _source(tmp_path / "scores", {"v.jpg": 20}, split="validation")
+    assert load_mixture([scores, texts], validation_share=0.5)[0]["validation"]["image_id"] == ["v"]
 
 
 def test_one_id_of_two_photographs(tmp_path):

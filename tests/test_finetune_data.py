@@ -1,0 +1,152 @@
+"""`examples/finetune.py` on PCCD, several sources and rows with questions of their own."""
+
+import json
+from pathlib import Path
+
+import finetune
+import numpy as np
+import pytest
+from conftest import tiny_processor
+from finetuning import CAPTIONS, captions, draw, run, trainer_state, write_base, write_checkpoint, write_photographs
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from ase_mllm import ASEForConditionalGeneration, ASEProcessor
+
+
+pytestmark = pytest.mark.slow
+SMALL = {"max_steps": 1, "eval_steps": 1, "stage": "added"}
+SCORES = ["6", "7", "N", "3", "9", "5", "4"]  # of the seven topics
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture
+def seen(monkeypatch) -> dict:
+    """The rows that a run trains and is evaluated on."""
+    found = {}
+    original = finetune.CritiqueTrainer.__init__
+
+    def remember(self, *args, train_dataset, eval_dataset, photographs, **kwargs):
+        found.update(train=train_dataset, validation=eval_dataset, photographs=photographs)
+        original(
+            self, *args, train_dataset=train_dataset, eval_dataset=eval_dataset, photographs=photographs, **kwargs
+        )
+
+    monkeypatch.setattr(finetune.CritiqueTrainer, "__init__", remember)
+    return found
+
+
+def write_pccd(folder: Path, train: int = 4, validation: int = 2) -> Path:
+    draw(folder / "images", *(f"{i}.jpg" for i in range(train + validation)))
+    for split, numbers in (("train", range(train)), ("validation", range(train, train + validation))):
+        texts = [{"general_impression": CAPTIONS[i % 5], "focus": CAPTIONS[0]} for i in numbers]
+        entries = [{"title": f"{i}.jpg", "overall": "6", "score": SCORES, **text} for i, text in zip(numbers, texts)]
+        (folder / f"guru_{split}.json").write_text(json.dumps(entries))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("texts", "train", "first"),
+    [("aspects", 8, CAPTIONS[0]), ("joined", 4, f"{CAPTIONS[0]}\n{CAPTIONS[0]}"), ("general", 4, CAPTIONS[0])],
+)
+def test_texts_of_pccd(texts, train, first, checkpoint, tmp_path, seen):
+    run(checkpoint, write_pccd(tmp_path / "pccd"), tmp_path / "out", **SMALL, pccd=texts)
+    assert len(seen["train"]) == train and len(seen["validation"]) == train // 2
+    assert seen["train"][0]["caption"] == first
+    asked = {row["topic"] for row in seen["photographs"]}
+    assert asked == ({"general_impression", "focus"} if texts == "aspects" else {None})
+
+
+def test_scores_of_topics_train_the_aspects(base, checkpoint, tmp_path, seen):
+    pccd, out = write_pccd(tmp_path / "pccd"), tmp_path / "out"
+    run(base, pccd, out, **SMALL, aspect_names="topics", pccd="joined")
+    topics = ["general_impression", "subject_of_photo", "use_of_camera", "depth_of_field", "color_lighting", "focus"]
+    model = ASEForConditionalGeneration.from_pretrained(out)
+    assert model.config.iasm_config.aspect_names == ASEProcessor.from_pretrained(out).aspect_names == topics
+    labels = [float(score) / 10 for score in SCORES if score != "N"]
+    assert seen["train"][0]["aspect_labels"] == pytest.approx(labels)
+    assert "aspect_loss" in trainer_state(out)["log_history"][0]
+    run(base, pccd, tmp_path / "two", **SMALL, aspect_names=["composition", "focus"])
+    assert seen["train"][0]["aspect_labels"] == pytest.approx([-1, 0.4])  # nobody scored the composition
+    with pytest.raises(ValueError, match=r"aspect_names are of a new graft; .* has learned underexposed, .* be focus"):
+        run(checkpoint, pccd, tmp_path / "three", **SMALL, aspect_names="focus")
+    unscored = write_photographs(tmp_path / "own", [{"file_name": f"{i}.png", "caption": "good"} for i in range(3)])
+    with pytest.raises(ValueError, match="no row to train on has scores of topics"):
+        run(base, unscored, tmp_path / "four", **SMALL, aspect_names="topics")
+
+
+def test_several_sources_are_trained_on_by_their_weights(checkpoint, tmp_path, seen):
+    pccd = write_pccd(tmp_path / "pccd", train=4, validation=2)
+    (pccd / "images").rename(tmp_path / "elsewhere")
+    own = tmp_path / "own"
+    write_photographs(own, [{"file_name": f"own{i}.png", "caption": CAPTIONS[1]} for i in range(2)])
+    for i in range(2):  # not the pictures that PCCD has
+        Image.new("RGB", (40, 30), (90 * i, 60, 30)).save(own / f"own{i}.png")
+    options = {**SMALL, "images": [tmp_path / "elsewhere", "-"], "pccd": "joined"}
+    out = run(checkpoint, [pccd, own], tmp_path / "out", **options, data_weights=[0.5, 3])
+    ids = seen["train"]["image_id"]
+    assert len(ids) == 8 and sorted(ids[2:]) == ["own0"] * 3 + ["own1"] * 3 and len(seen["validation"]) == 2
+    card = ModelCard.load(out / "README.md")
+    assert "The sources:" in card.text and str(own) in card.text and str(pccd) in card.text
+    assert card.data.eval_results[0].dataset_type == "pccd, own"
+    with pytest.raises(ValueError, match="2 sources take as many weights, got 1"):
+        run(checkpoint, [pccd, own], tmp_path / "two", **options, data_weights=2)
+    with pytest.raises(ValueError, match="learns once from each photograph"):
+        run(checkpoint, [pccd, own], tmp_path / "three", **{**options, "stage": "module"}, data_weights=[1, 2])
+
+
+def test_what_is_set_aside_is_set_aside_before_it_is_weighed(checkpoint, tmp_path, seen):
+    for name in ("one", "two"):
+        write_photographs(tmp_path / name, [{"file_name": f"{name}{i}.png", "caption": CAPTIONS[i]} for i in range(5)])
+    data = [tmp_path / "one", tmp_path / "two"]
+    run(checkpoint, data, tmp_path / "out", **SMALL, data_weights=[2, 1], validation_share=0.4)
+    held_out, trained = seen["validation"]["image_id"], seen["train"]["image_id"]
+    assert len(held_out) == len(set(held_out)) == 4 and not set(held_out) & set(trained)
+    assert {name: trained.count(name) for name in trained} == {name: 1 + name.startswith("one") for name in trained}
+    assert len(set(trained)) == 6
+
+
+def test_samples_are_of_different_photographs_and_answer_their_own_questions(checkpoint, tmp_path, monkeypatch):
+    drawn = []
+    original = finetune.draw_samples
+
+    def draw_samples(processor, outputs, images, questions, texts):
+        drawn.extend(questions)
+        return original(processor, outputs, images, questions, texts)
+
+    monkeypatch.setattr(finetune, "draw_samples", draw_samples)
+    asked = ["what is good ?", "what is wrong ?", None]
+    turns = [{"file_name": f"{i}.png", "prompt": prompt, "caption": CAPTIONS[i]} for i in range(3) for prompt in asked]
+    write_photographs(tmp_path / "data" / "train", turns[:3])
+    write_photographs(tmp_path / "data" / "validation", turns[3:])
+    prompts = []
+    original_prompt = ASEProcessor.critique_prompt
+    monkeypatch.setattr(
+        ASEProcessor,
+        "critique_prompt",
+        lambda self, topic="critique": prompts.append(topic) or original_prompt(self, topic),
+    )
+    out = run(checkpoint, tmp_path / "data", tmp_path / "out", **SMALL, num_samples=2, per_device_eval_batch_size=2)
+    names = sorted(path.stem for path in (out / "samples" / "step-000001").glob("*.jpg"))
+    assert names == ["000-1", "003-2"]
+    assert [line["prompt"] for line in captions(out, 1)] == asked * 2
+    general = finetune.topic_question(None)
+    assert prompts[-7:-1] == [*asked[:2], general] * 2 and drawn == [*asked[:2], general, asked[0]]
+
+
+def test_a_sample_shows_the_question():
+    photo, output = Image.new("RGB", (40, 30), "black"), {}
+    one, two = (
+        finetune.draw_samples(tiny_processor(), output, [photo], [question], ["good"])[0]
+        for question in ("what is good ?", "what is wrong ?")
+    )
+    assert one.size == two.size and (np.asarray(one) != np.asarray(two)).any()
