@@ -6,10 +6,12 @@ Measures captions and scores of photographs against references, of one system or
     python examples/evaluate_captions.py examples/ase-mini --data PCCD --split test --images PCCD/images
 
 A system is a file of captions or a model (folder or Hub id, any image-text-to-text model) that captions now. Lines of
-    captions     {"image_id", "caption", "aspect"?, "score"?, "saliency"?}; captions.jsonl of caption_photos.py will do
-    references   {"image_id", "captions": [...], "aspect"?, "rating"?, "saliency"?, "fixations"?}; metadata.jsonl of a
-                 folder of photographs will do
-`aspect` is the topic of a text, where a photograph has one text for each; `score` and `rating` are numbers of 1 to 10
+    captions     {"image_id", "caption", "aspect"?, "prompt"?, "score"?, "aspects"?, "saliency"?}; captions.jsonl of
+                 caption_photos.py will do
+    references   {"image_id", "captions": [...], "aspect"?, "prompt"?, "rating"?, "topic_scores"?, "saliency"?,
+                 "fixations"?}; metadata.jsonl of a folder of photographs will do
+`aspect` is the topic of a text, where a photograph has one text for each, `prompt` the question that it answers, where it
+has one of its own; `aspects` and `topic_scores` are numbers by the names of topics; `score` and `rating` are numbers of 1 to 10
 (of people: or ten shares; `--score-range` names another scale of the references'); either side may have scores alone.
 `saliency` is a map: a .npy file, a picture, or rows of numbers; `fixations` are [x, y] in shares of width and height.
 `path` or `file_name` may stand for `image_id`: the path below the references' folder, whose suffix (.jpg, ...) does not
@@ -19,8 +21,10 @@ and counted with their numbers. Exit status: 0 measured, 2 could not start.
 
 Written to --out: report.md and report.json (the table), topics.png, scores.png, and what a model said. Beside each
 figure stand its 95 % interval and the wrong-photo control: the same captions against another photograph's references.
-With two systems, or with `--against NAME`, the table ends with differences and p-values. METEOR, SPICE and `--tokenizer ptb` need Java; what cannot
-be computed is named with the reason. Needs the extra `evaluation`.
+With two systems, or with `--against NAME`, the table ends with differences and p-values. METEOR, SPICE and the field's
+PTB tokenizer, the default, need Java: `sudo apt-get install default-jre-headless`, and for SPICE once `python -m
+pycocoevalcap.spice.get_stanford_models` (400 MB). Without, texts are taken apart as lower-case words, the table begins
+with a warning, and what cannot be computed is named with the reason. Needs the extra `evaluation`.
 """
 
 import argparse
@@ -37,7 +41,6 @@ import datasets
 import numpy as np
 from aic_data import PROMPTS, load, topic_question
 from common import critique
-from matplotlib.figure import Figure
 from metrics import (
     MAP_SIDE,
     Measure,
@@ -50,7 +53,6 @@ from metrics import (
     ratio,
     saliency_measures,
     score_measures,
-    srcc,
     text_measures,
     tokenize,
     word_measures,
@@ -58,7 +60,9 @@ from metrics import (
 )
 from picture_files import photograph_id
 from PIL import Image
+from readers import pccd
 from readers.files import parse_lines, read_text
+from report_table import as_markdown, plot_scores, plot_topics
 from scales import misfit
 from tqdm import tqdm
 from transformers import pipeline
@@ -77,14 +81,18 @@ OTHER_PROTOCOLS = {
     "words": "by all references, whose mean length counts; topics are read from words",
     "corpus": "over all captions of the system, so it has no interval; distinct-n: different n-grams / n-grams; "
     "self-BLEU: mean BLEU-4 of each caption against all others; baseline: one (rotating) reference a photograph",
-    "score": "no fitting before PLCC; accuracy at 5: both above 5 or both not; baselines: always the more frequent "
+    "score": "no fitting before PLCC; of a topic: the aspect of that name; accuracy at 5: both above 5 or both not; baselines: always the more frequent "
     "side, and the references' own range",
     "saliency": "fixations (a place counts once), or where the reference map is above half its largest value; maps in "
     "the reference's size; less KL is better; flat predictions give AUC 0.5, NSS 0 and CC 0; baseline: centre bias, the "
     "mean map of all other photographs",
 }
-PANELS = {"CIDEr": "CIDEr of each topic", "coverage": "topic coverage"}
-TOKENIZERS = {"words": "lower-case words, no punctuation", "ptb": "the field's PTB tokenizer"}
+TOKENIZERS = {"ptb": "the field's PTB tokenizer", "words": "lower-case words, no punctuation"}
+NO_PTB = (
+    "**Not by the field's protocol: Java is missing, so texts are taken apart as lower-case words and not by the PTB "
+    "tokenizer, and METEOR and SPICE are missing. These figures are not comparable with published ones. "
+    "`sudo apt-get install default-jre-headless` mends it.**"
+)
 NAMES = ("image_id", "file_name", "path", "image")
 SCORES = ("rating", "score", "gt_score", "score_mean")  # whichever a line of references has
 
@@ -149,6 +157,11 @@ def read_fixations(value: list[list[float]]) -> np.ndarray:
     return fixations
 
 
+def key_of(row: dict[str, Any]) -> tuple[str | None, ...]:
+    """What makes two lines answer one question about one photograph."""
+    return row["image_id"], row.get("aspect"), row.get("prompt")
+
+
 def read_references(path: Path, notes: list[str]) -> Rows:
     """One row for each photograph and topic, in the file's order; what is left out or joined is counted in `notes`."""
     rows, empty, joined = {}, 0, 0
@@ -157,7 +170,7 @@ def read_references(path: Path, notes: list[str]) -> Rows:
         texts = texts if isinstance(texts, list) else [texts]
         row["captions"] = [text for text in texts if isinstance(text, str) and text.strip()]
         empty += len(texts) - len(row["captions"])
-        key = row["image_id"], row.get("aspect")
+        key = key_of(row)
         joined += key in rows
         if key in rows:
             rows[key]["captions"] += row["captions"]
@@ -177,7 +190,7 @@ def read_references(path: Path, notes: list[str]) -> Rows:
 
 def load_references(args: argparse.Namespace) -> Rows:
     """References from any data set that aic_data.py reads; pictures by their paths."""
-    splits, report = load(args.data, args.images, score_range=args.score_range, verbose=False)
+    splits, report = load(args.data, args.images, score_range=args.score_range, pccd_texts=args.pccd, verbose=False)
     if args.split not in splits:
         raise ValueError(f"{args.data} has no split {args.split!r}, only {', '.join(splits)}:\n{report}")
     print(report)
@@ -188,7 +201,9 @@ def load_references(args: argparse.Namespace) -> Rows:
             "file_name": row["image"]["path"],
             "captions": row["captions"],
             "aspect": row["topic"],
+            "prompt": row["prompt"],
             "score_mean": row["score_mean"],
+            "topic_scores": {one["topic"]: one["score"] for one in row["topic_scores"] or []},
         }
         for row in splits[args.split].cast_column("image", datasets.Image(decode=False))
     ]
@@ -254,25 +269,30 @@ def read_captions(path: Path, references: Rows, partial: bool, notes: list[str])
     rows, repeated = {}, 0
     given = read_lines(path, notes)
     same_photographs(given, references, path)
+    asked = any(row.get("prompt") is not None for row in references)
     writes = any(isinstance(row.get("caption"), str) for row in given)
     for row in given:
         if not isinstance(row.get("caption"), str):
             if writes or row.get("score") is None:
                 raise ValueError(f"{path}: {row['image_id']} has no `caption`.")
             row["caption"] = None
-        key = row["image_id"], row.get("aspect")
+        key = key_of(row if asked else row | {"prompt": None})
         repeated += key in rows
         rows.setdefault(key, row)
-    keys = [(row["image_id"], row.get("aspect")) for row in references]
-    # one caption of the whole photograph answers for each of its topics
-    found = [rows.get(key) or rows.get((key[0], None)) for key in keys]
+    keys = [key_of(row) for row in references]
+    # one caption of the whole photograph answers for each of its topics and questions
+    found = [rows.get(key) or rows.get((key[0], None, None)) for key in keys]
     absent = [key for key, row in zip(keys, found) if row is None]
     if (absent and not partial) or len(absent) == len(keys):
-        raise ValueError(f"{path} lacks {len(absent)} of {len(keys)} captions, e.g. of {absent[0]}: --partial?")
+        raise ValueError(
+            f"{path} lacks {len(absent)} of {len(keys)} captions, e.g. of {' '.join(filter(None, absent[0]))}: --partial?"
+        )
     there = [(key, row) for key, row in zip(keys, found) if row is not None]
     counts = {
         "references without a caption left out": len(absent),
-        "captions without references not measured": len(rows.keys() - set(keys) - {(name, None) for name, _ in keys}),
+        "captions without references not measured": len(
+            rows.keys() - set(keys) - {(key[0], None, None) for key in keys}
+        ),
         "captions of a photograph measured by the references of a topic": sum(key not in rows for key, _ in there),
         "captions repeated (the first counts)": repeated,
         "captions empty (they count)": sum(
@@ -314,7 +334,10 @@ def make_captions(model: str, references: Rows, args: argparse.Namespace) -> Pat
         for start in tqdm(range(0, len(references), args.batch_size), desc=f"Captioning by {model}"):
             batch = references[start : start + args.batch_size]
             images = [read_photograph(path) for path in photos[start : start + args.batch_size]]
-            questions = [topic_question(row["aspect"]) if row.get("aspect") else args.prompt for row in batch]
+            questions = [
+                row.get("prompt") or (topic_question(row["aspect"]) if row.get("aspect") else args.prompt)
+                for row in batch
+            ]
             if critic.model.config.model_type == "ase":
                 sizes, options = [(MAP_SIDE, MAP_SIDE)] * len(images), {"max_new_tokens": args.max_new_tokens}
                 answers = critique(critic.model, critic.processor, images, sizes, questions, **options)
@@ -325,7 +348,8 @@ def make_captions(model: str, references: Rows, args: argparse.Namespace) -> Pat
             else:
                 answers = [{"caption": text} for text in caption_batch(critic, images, questions, args.max_new_tokens)]
             for row, answer in zip(batch, answers):
-                file.write(json.dumps({"image_id": row["image_id"], "aspect": row.get("aspect")} | answer) + "\n")
+                asked = {name: row.get(name) for name in ("image_id", "aspect", "prompt")}
+                file.write(json.dumps(asked | answer) + "\n")
     return path
 
 
@@ -358,6 +382,7 @@ def evaluate(references: Rows, captions: Rows, args: argparse.Namespace, missing
     firsts = np.unique(photos, return_index=True)[1]  # scores and maps belong to a photograph, not to a topic
     references, captions = [references[i] for i in firsts], [captions[i] for i in firsts]
     evaluate_scores(references, captions, args.seed, report)
+    evaluate_topic_scores(references, captions, args.seed, report)
     evaluate_saliency(references, captions, args.seed, report)
     return report
 
@@ -412,6 +437,22 @@ def evaluate_scores(references: Rows, captions: Rows, seed: int, report: Report)
         report.own[name, "score"], report.baselines[name, "score"] = of(pairs, axis=0).tolist()
 
 
+def evaluate_topic_scores(references: Rows, captions: Rows, seed: int, report: Report):
+    """Correlations of a system's aspects with the scores of the topics that are called so."""
+    said, given = (
+        [row.get(name) or {} for row in rows] for name, rows in (("aspects", captions), ("topic_scores", references))
+    )
+    for topic in dict.fromkeys(topic for one in given for topic in one):
+        pairs = np.array([(as_score(one.get(topic)), as_score(other.get(topic))) for one, other in zip(said, given)])
+        photos = np.flatnonzero(~np.isnan(pairs).any(axis=1))
+        if len(photos) < 2:
+            continue
+        moved = np.stack([pairs[photos, 0], pairs[photos[wrong_photos([None] * len(photos), seed)], 1]], axis=1)
+        for measures, rows in ((report.own, pairs[photos]), (report.wrong, moved)):
+            found = score_measures(rows, photos)
+            measures |= {(f"{name} of {topic}", "score"): found[name, "score"] for name in ("SRCC", "PLCC")}
+
+
 def evaluate_saliency(references: Rows, captions: Rows, seed: int, report: Report):
     truths = [(row.get("saliency"), row.get("fixations")) for row in references]
     known = [i for i, truth in enumerate(truths) if any(one is not None for one in truth)]
@@ -464,35 +505,6 @@ def make_table(reports: dict[str, Report], against: str | None, resamples: int, 
     return rows
 
 
-def show(value: float | None, ends: list[float] | None = None) -> str:
-    if value is None or np.isnan(value):
-        return "-"
-    return f"{value:.3f}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends and not np.isnan(ends).any() else "")
-
-
-def as_markdown(table: Rows, facts: dict[str, Any]) -> str:
-    """The table, and below it what its words mean."""
-    systems = facts["systems"]
-    heads = ["measure", "protocol", *(head for name in systems for head in (name, f"{name}, wrong photo")), "baseline"]
-    others = [name for name in systems if facts["against"] not in (None, name)]
-    heads += [head for name in others for head in (f"{name} less {facts['against']}", "p")]
-    lines = ["| " + " | ".join(heads) + " |", "|---|---|" + "---:|" * (len(heads) - 2)]
-    for row in table:
-        cells = [row["measure"], row["protocol"]]
-        for cell in row["systems"].values():
-            cells.append(show(cell.get("value"), cell.get("interval")))
-            cells.append(show(cell.get("wrong_photo_value"), cell.get("wrong_photo_interval")))
-        cells.append(show(row["baseline"]))
-        for name in others:
-            difference = row.get("comparisons", {}).get(name, {})
-            cells += [show(difference.get("difference"), difference.get("interval")), show(difference.get("p"))]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", *(f"- **{name}** not computed: {reason}." for name, reason in facts["not_computed"].items())]
-    lines += [f"- {name}: {meaning}." for name, meaning in facts["protocols"].items()]
-    lines += [f"- {note}." for note in (*facts["notes"], *facts["statistics"])]
-    return "\n".join(lines) + "\n"
-
-
 def describe(reports: dict[str, Report], table: Rows, references: Rows, args, missing) -> dict[str, Any]:
     """What the figures were made of."""
     used = {row["protocol"] for row in table}
@@ -515,53 +527,12 @@ def describe(reports: dict[str, Report], table: Rows, references: Rows, args, mi
     return {
         "systems": list(reports),
         "against": args.against,
+        "warning": args.warning,
         "not_computed": missing,
         "protocols": {name: meaning for name, meaning in (PROTOCOLS | OTHER_PROTOCOLS).items() if name in used},
         "notes": args.notes + [f"{name}: {note}" for name, report in reports.items() for note in report.notes],
         "statistics": statistics,
     }
-
-
-def plot_topics(table: Rows, path: Path):
-    """Bars with 95 % intervals and wrong-photo marks: CIDEr of each topic of the references, and topic coverage."""
-    groups = {title: [row for row in table if row["measure"].startswith(f"{title} of ")] for title in PANELS}
-    groups = {title: rows for title, rows in groups.items() if rows}
-    if not groups:  # no topics are given, and none of those that are read from words is spoken of
-        return
-    figure = Figure(figsize=(5.5 * len(groups), 3.8), layout="constrained")
-    for axes, (title, rows) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items()):
-        names = list(rows[0]["systems"])
-        width = 0.8 / len(names)
-        for number, name in enumerate(names):
-            cells = [row["systems"][name] for row in rows]
-            values = np.array([cell.get("value", np.nan) for cell in cells])
-            ends = np.array([cell.get("interval", [np.nan] * 2) for cell in cells])
-            places = np.arange(len(rows)) + (number - (len(names) - 1) / 2) * width
-            # rounding may put a value a hair outside its own interval
-            errors = np.maximum([values - ends[:, 0], ends[:, 1] - values], 0)
-            axes.bar(places, values, width * 0.94, yerr=errors, capsize=3, label=name)
-            marks = [cell.get("wrong_photo_value", np.nan) for cell in cells]
-            axes.plot(places, marks, "wD", markeredgecolor="k", label="wrong photo" if name == names[-1] else None)
-        labels = [row["measure"].removeprefix(f"{title} of ").replace("_", " ") for row in rows]
-        axes.set_xticks(range(len(rows)), labels, rotation=30 if len(rows) > 4 else 0)
-        axes.set_title(PANELS[title])
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(names) + 1)
-    figure.savefig(path, dpi=150)
-
-
-def plot_scores(reports: dict[str, Report], path: Path):
-    """Score over the references' score, one panel a system."""
-    scored = {name: report.scores for name, report in reports.items() if report.scores is not None}
-    figure = Figure(figsize=(4 * len(scored), 4.2), layout="constrained")
-    panels = figure.subplots(1, len(scored), squeeze=False, sharex=True, sharey=True)[0]
-    values = np.concatenate(list(scored.values()))
-    ends = [min(values.min(), 1), max(values.max(), 10)]
-    for axes, (name, pairs) in zip(panels, scored.items()):
-        axes.plot(ends, ends, color="grey", linewidth=1)
-        axes.scatter(pairs[:, 1], pairs[:, 0], s=9, alpha=0.5)
-        axes.set(title=f"{name}\nSRCC {show(float(srcc(pairs)))}", xlabel="reference score", aspect="equal")
-    panels[0].set_ylabel("score")
-    figure.savefig(path, dpi=150)
 
 
 # Run -----------------------------------------------------------------------------------------------------------------
@@ -576,6 +547,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--references", type=Path)
     parser.add_argument("--data", help="in place of --references: a data set in one of the forms of aic_data.py")
     parser.add_argument("--split", default="test", help="of --data (default: %(default)s)")
+    parser.add_argument("--pccd", choices=pccd.TEXTS, default=pccd.TEXTS[0], help="which texts of PCCD are a row")
     parser.add_argument("--score-range", nargs=2, type=float, metavar=("WORST", "BEST"), help="of the references")
     parser.add_argument("--against", help="the system to which the others' differences are measured")
     parser.add_argument("--names", nargs="+", help="of the systems in the table")
@@ -583,7 +555,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--protocols", nargs="+", choices=PROTOCOLS, default=list(PROTOCOLS), help="default: all three"
     )
-    parser.add_argument("--tokenizer", choices=TOKENIZERS, default="words", help="ptb needs Java")
+    parser.add_argument(
+        "--tokenizer", choices=TOKENIZERS, help="default: ptb, the field's, where there is Java, else words"
+    )
     parser.add_argument("--resamples", type=int, default=1000, help="of bootstrap and permutation test")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--partial", action="store_true", help="measure what has captions of all systems")
@@ -614,8 +588,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     args.notes = []
     missing = java_missing()
-    if args.tokenizer == "ptb" and "METEOR" in missing:
-        print("Cannot start: --tokenizer ptb needs Java.", file=sys.stderr)
+    no_java = "METEOR" in missing
+    args.warning = NO_PTB if no_java else None
+    args.tokenizer = args.tokenizer or ("words" if no_java else "ptb")
+    if args.tokenizer == "ptb" and no_java:
+        print(f"Cannot start: --tokenizer ptb {missing['METEOR']}.", file=sys.stderr)
         return 2
 
     # Data
@@ -642,7 +619,7 @@ def main(argv: list[str] | None = None) -> int:
     (args.out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     plot_topics(table, args.out / "topics.png")
     if any(report.scores is not None for report in reports.values()):
-        plot_scores(reports, args.out / "scores.png")
+        plot_scores({name: report.scores for name, report in reports.items()}, args.out / "scores.png")
     return 0
 
 

@@ -56,6 +56,10 @@ def tokenize(texts: list[str], tokenizer: str = "words") -> list[str]:
     """Texts as words with spaces between them."""
     if tokenizer == "ptb":  # the program that published figures were made with, so as it is
         found = PTBTokenizer().tokenize({i: [{"caption": " ".join(text.split())}] for i, text in enumerate(texts)})
+        if lost := sum(bool(text.strip()) and i not in found for i, text in enumerate(texts)):
+            raise ValueError(
+                f"The PTB tokenizer gave no line for {lost} of {len(texts)} texts: does `java -version` work?"
+            )
         return [found.get(i, [""])[0] for i in range(len(texts))]
     return [" ".join(words(text)) for text in texts]
 
@@ -145,7 +149,7 @@ def java_missing() -> dict[str, str]:
     try:
         subprocess.run(["java", "-version"], capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return dict.fromkeys(("METEOR", "SPICE"), "needs Java")
+        return dict.fromkeys(("METEOR", "SPICE"), "needs Java: sudo apt-get install default-jre-headless")
     if not list(Path(spice.__file__).parent.glob("lib/stanford-corenlp-*-models.jar")):
         how = "python -m pycocoevalcap.spice.get_stanford_models"
         return {"SPICE": f"needs Stanford CoreNLP: {how}"}  # a download of 400 MB, so never without being asked

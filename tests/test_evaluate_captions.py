@@ -25,7 +25,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 
 ROOT = Path(__file__).parents[1]
-NO_JAVA = {"METEOR": "needs Java", "SPICE": "needs Java"}
+NO_JAVA = dict.fromkeys(("METEOR", "SPICE"), "needs Java: sudo apt-get install default-jre-headless")
 CAPTIONS = [
     "the light is soft and the horizon tilts",
     "a sharp subject on the left third of the frame",
@@ -156,9 +156,36 @@ def test_tokenizers():
 
 
 @needs_java
-def test_ptb_tokenizer():
-    texts = ['The light, the LIGHT: isn\'t it "soft"?', "", "two\nlines", ""]
-    assert metrics.tokenize(texts, "ptb") == ["the light the light is n't it soft", "", "two lines", ""]
+def test_ptb_tokenizer(monkeypatch):
+    texts = ['The light, the LIGHT: isn\'t it "soft"?', "", "two\nlines", "caf\u00e9\u2028f/2", ""]
+    assert metrics.tokenize(texts, "ptb") == [
+        "the light the light is n't it soft",
+        "",
+        "two lines",
+        "caf\u00e9 f/2",
+        "",
+    ]
+    monkeypatch.setattr(metrics.PTBTokenizer, "tokenize", lambda self, texts: {0: [""]})  # as if Java had failed
+    with pytest.raises(ValueError, match="no line for 2 of 5 texts"):
+        metrics.tokenize(texts, "ptb")
+
+
+@pytest.mark.slow
+@needs_java
+def test_the_fields_tokenizer_is_the_default_where_there_is_java(tmp_path):
+    captions = write(tmp_path / "c.jsonl", [{"image_id": "a", "caption": "it isn't soft"}])
+    references = write(tmp_path / "r.jsonl", [{"image_id": "a", "captions": ["it is n't soft"]}])
+    arguments = ["--references", references, "--out", tmp_path / "out", "--protocols", "all"]
+    for tokenizer, value in ((None, 1), ("words", 2 / 3 * np.exp(1 - 4 / 3))):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(evaluate_captions, "java_missing", lambda: {"SPICE": "not asked for"})
+            patch.setattr(metrics, "meteor_rows", lambda *texts: np.zeros((1, 23)))
+            patch.setattr(metrics, "meteor", lambda rows: np.zeros(rows.shape[:-2]))
+            given = [] if tokenizer is None else ["--tokenizer", tokenizer]
+            assert evaluate_captions.main([str(one) for one in (captions, *arguments, "--resamples", 2, *given)]) == 0
+        found = figures(tmp_path / "out")
+        assert found["BLEU-1", "all"]["systems"]["c"]["value"] == pytest.approx(value, abs=1e-6)
+        assert found["report"]["warning"] is None
 
 
 def test_length_and_aspects():
@@ -457,9 +484,12 @@ def test_report_names_everything(compared):
     assert len(rows) == len(figures(compared)) and {row.count("|") for row in rows} == {10}
     for protocol in ("all", "best", "rotating", "words", "corpus", "score", "saliency"):
         assert f"\n- {protocol}: " in text
-    assert "- **METEOR** not computed: needs Java." in text
+    assert "- **METEOR** not computed: needs Java: sudo apt-get install default-jre-headless." in text
     assert "16 photographs, 32 captions a system, 64 references" in text
-    assert "lower-case words, no punctuation" in text
+    assert "lower-case words, no punctuation" in text and text.startswith(
+        "**Not by the field's protocol: Java is missing"
+    )
+    assert figures(compared)["report"]["warning"] in text
 
 
 def test_plots_show_two_systems(compared):
@@ -560,7 +590,7 @@ def test_scores_outside_the_scale_and_absent_maps_are_counted():
         (
             [{"image_id": "a", "caption": "x"}],
             [{"image_id": "a", "captions": ["x"]}, {"image_id": "b", "captions": ["x"]}],
-            "lacks 1 of 2 captions, e.g. of ('b', None): --partial?",
+            "lacks 1 of 2 captions, e.g. of b: --partial?",
         ),
     ],
 )
@@ -574,7 +604,7 @@ def test_bad_files_are_refused_in_words(captions, references, message, tmp_path,
 def test_what_cannot_be_done_is_refused(tmp_path, capsys):
     references = write(tmp_path / "references.jsonl", [{"image_id": "a.jpg", "captions": ["x"]}])
     assert run("c.jsonl", "--references", references, "--tokenizer", "ptb") == 2
-    assert "--tokenizer ptb needs Java" in capsys.readouterr().err
+    assert "--tokenizer ptb needs Java: sudo apt-get install" in capsys.readouterr().err
     assert run(tmp_path / "model", "--references", references, "--out", tmp_path / "out") == 2
     assert "1 of 1 photographs are missing" in capsys.readouterr().err
     for arguments in (
@@ -660,4 +690,4 @@ def test_any_model_captions_now_by_topic(tmp_path):
     (path,) = (tmp_path / "out").glob("*.jsonl")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(line["image_id"], line["aspect"]) for line in lines] == [("coffee", "light"), ("rocket", "light")]
-    assert all(line.keys() == {"image_id", "aspect", "caption"} for line in lines)
+    assert all(line.keys() == {"image_id", "aspect", "prompt", "caption"} for line in lines)

@@ -3,8 +3,10 @@
 import json
 import os
 
+import evaluate_captions
 import numpy as np
 import pytest
+from conftest import tiny_base, tiny_processor
 from PIL import Image
 from test_evaluate_captions import figures, run, write
 
@@ -110,3 +112,62 @@ def test_references_of_any_data_set(tmp_path):
     found = figures(tmp_path / "out")
     assert found["BLEU-1", "all"]["systems"]["c"]["value"] == pytest.approx(1) and ("CIDEr of focus", "all") in found
     assert run(captions, "--data", tmp_path, "--split", "validation", "--out", tmp_path / "out") == 2
+
+
+def test_a_photograph_of_several_questions(tmp_path):
+    """Each has its own answer and its own references; a caption of no question answers all."""
+    asked = {"How is the light?": "it is soft", "And the framing?": "too tight by far"}
+    truths = [{"image_id": "a", "prompt": question, "captions": [text]} for question, text in asked.items()]
+    references = write(tmp_path / "r.jsonl", truths)
+    said = [{"image_id": "a", "prompt": question, "caption": text} for question, text in reversed(asked.items())]
+    captions = write(tmp_path / "c.jsonl", said)
+    arguments = ["--references", references, "--out", tmp_path / "out"]
+    assert run(captions, *arguments) == 0
+    assert figures(tmp_path / "out")["BLEU-1", "all"]["systems"]["c"]["value"] == pytest.approx(1)
+    whole = write(tmp_path / "c.jsonl", [{"image_id": "a", "caption": "it is soft"}])
+    assert run(whole, *arguments) == 0
+    assert figures(tmp_path / "out")["BLEU-1", "all"]["systems"]["c"]["value"] == pytest.approx(np.exp(1 - 7 / 6) / 2)
+    general = write(tmp_path / "general.jsonl", [{"image_id": "a", "captions": ["it is soft"]}])
+    assert run(write(tmp_path / "c.jsonl", said[1:]), "--references", general, "--out", tmp_path / "out") == 0
+
+
+@pytest.mark.parametrize(("texts", "number"), [("joined", 3), ("aspects", 6), ("general", 3)])
+def test_texts_and_topic_scores_of_pccd(texts, number, tmp_path):
+    scores = [["7", "N", "2"], ["3", "4", "5"], ["9", "6", "4"]]
+    rows = [
+        {"title": str(i), "overall": "7", "score": one, "general_impression": f"good {i}", "composition": "level"}
+        for i, one in enumerate(scores)
+    ]
+    (tmp_path / "guru_test.json").write_text(json.dumps(rows))
+    for i in range(3):
+        Image.new("RGB", (40, 30), (i * 50, 80, 90)).save(tmp_path / f"{i}.jpg")
+    aspects = [{"composition": 0.1}, {"composition": 0.9, "focus": 0.2}, {"composition": 0.5}]
+    said = [{"image_id": str(i), "caption": f"good {i}", "aspects": one} for i, one in enumerate(aspects)]
+    captions = write(tmp_path / "c.jsonl", said)
+    assert run(captions, "--data", tmp_path, "--out", tmp_path / "out", "--pccd", texts) == 0
+    found = figures(tmp_path / "out")
+    assert f"3 photographs, {number} captions" in " ".join(found["report"]["statistics"])
+    assert found["SRCC of composition", "score"]["systems"]["c"]["value"] == pytest.approx(1)
+    expected = np.corrcoef([0.1, 0.9, 0.5], [2, 5, 4])[0, 1]
+    assert found["PLCC of composition", "score"]["systems"]["c"]["value"] == pytest.approx(expected)
+    assert "wrong_photo_value" in found["SRCC of composition", "score"]["systems"]["c"]
+    assert not any("of general_impression" in key[0] and key[1] == "score" for key in found if isinstance(key, tuple))
+
+
+def test_models_are_asked_the_rows_own_questions(tmp_path, monkeypatch):
+    tiny_base().save_pretrained(tmp_path / "llava")
+    tiny_processor().base_processor.save_pretrained(tmp_path / "llava")
+    Image.new("RGB", (40, 30), (50, 80, 90)).save(tmp_path / "a.jpg")
+    asked = [{"prompt": "what is good ?"}, {"aspect": "light"}, {}]
+    references = write(tmp_path / "r.jsonl", [{"file_name": "a.jpg", "captions": ["good"], **one} for one in asked])
+    seen = []
+
+    def remember(critic, images, questions, max_new_tokens):
+        seen.extend(questions)
+        return ["good"] * len(images)
+
+    monkeypatch.setattr(evaluate_captions, "caption_batch", remember)
+    arguments = ["--references", references, "--out", tmp_path / "out", "--prompt", "help ?"]
+    assert run(tmp_path / "llava", *arguments) == 0
+    assert seen == ["what is good ?", evaluate_captions.topic_question("light"), "help ?"]
+    assert not any("measured by" in note for note in figures(tmp_path / "out")["report"]["notes"])
