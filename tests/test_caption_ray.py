@@ -10,9 +10,11 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from argparse import Namespace
 from collections import Counter
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import caption_ray
 import numpy as np
@@ -20,6 +22,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from caption_ray import ROWS, Captioner, left_to_do, set_cut_files_aside, written
 from common import critique
 from photo_files import read_photo
@@ -95,6 +98,58 @@ def test_a_photograph_that_the_model_cannot_do_costs_no_other(captioner, tmp_pat
     rows = captioner(pa.table({"path": paths})).to_pylist()
     assert [row["error"] for row in rows] == [None, "the model failed: odd", None]
     assert [row["caption"] for row in rows] == ["So.", None, "So."]
+
+
+def test_limits_and_threads_reach_the_model(tmp_path, monkeypatch):
+    (path,) = make_photos(tmp_path, 1)
+    table = pa.table({"path": [path]})
+    threads = torch.get_num_threads()
+    options = [str(tmp_path), "--out", "out", "--threads", "2", "--max-new-tokens", "3"]
+    small = Captioner(caption_ray.parse_arguments(options))
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(threads)
+    assert len(small.processor.tokenizer(small(table)["caption"][0].as_py())["input_ids"]) <= 4
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+    with warnings.catch_warnings():
+        bounded = Captioner(caption_ray.parse_arguments([*options, "--max-megapixels", "0.01"]))
+        assert "too large" in bounded(table)["error"][0].as_py()
+    monkeypatch.setattr(caption_ray, "start_model", lambda args: (args.model, args.trust_remote_code))
+    other = Captioner(caption_ray.parse_arguments([*options, "--model", "some/model", "--trust-remote-code"]))
+    assert (other.model, other.processor) == ("some/model", True)
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("address", "options"), [("auto", {"address": "auto"}), (None, {"include_dashboard": False})])
+def test_a_cluster_is_found_by_its_address(address, options, monkeypatch):
+    given = {}
+    monkeypatch.setattr(caption_ray, "ray", Namespace(init=given.update))
+    caption_ray.start_ray(address)
+    assert options.items() <= given.items()
+    assert ("num_cpus" in given) == (address is None), "a cluster's cores are its own"
+    assert given.get("num_cpus", 2) >= 2
+
+
+def test_blocks_batches_and_workers_are_as_many_as_was_said(tmp_path, monkeypatch):
+    rows, context = MagicMock(), Namespace(max_errored_blocks=0)
+    rows.repartition.return_value = rows.map_batches.return_value = rows
+    data = MagicMock(from_arrow=MagicMock(return_value=rows))
+    data.DataContext.get_current.return_value = context
+    monkeypatch.setattr(caption_ray, "ray", Namespace(data=data, cluster_resources=lambda: {"CPU": 9}))
+    options = ["--block", "7", "--batch-size", "3", "--workers", "5"]
+    caption_ray.caption(["a"], caption_ray.parse_arguments([str(tmp_path), "--out", "out", *options]))
+    rows.repartition.assert_called_once_with(target_num_rows_per_block=7)
+    data.ActorPoolStrategy.assert_called_once_with(size=5)
+    assert rows.map_batches.call_args.kwargs["batch_size"] == 3
+    assert rows.write_parquet.call_args.kwargs["mode"] == "append"
+    assert context.max_errored_blocks == 0, "with others, rows are lost without a word"
+
+
+def test_what_makes_no_sense_is_refused(tmp_path, capsys):
+    for options in (["--block", "0"], ["--workers", "-1"], ["nowhere"]):
+        with pytest.raises(SystemExit):
+            caption_ray.parse_arguments([*options, str(tmp_path), "--out", "out"])
+    said = capsys.readouterr().err
+    assert "--block is 0" in said and "--workers is -1" in said and "no file or folder nowhere" in said
 
 
 # What is written -----------------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """What the demo's button does, without Gradio."""
 
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import demo
 import numpy as np
@@ -61,3 +63,16 @@ def test_a_model_that_fails_says_so(critic, monkeypatch):
 def test_a_model_that_is_not_there_is_named():
     with pytest.raises(SystemExit, match="Cannot start: nowhere"):
         demo.main(["--model", "nowhere"])
+
+
+def test_the_page_is_where_it_was_told(monkeypatch):
+    given = {}
+    monkeypatch.setattr(demo, "start_model", lambda args: given.update(vars(args)) or (None, None))
+    monkeypatch.setattr(demo, "make_page", lambda model, processor: SimpleNamespace(launch=given.update))
+    monkeypatch.setitem(sys.modules, "gradio", ModuleType("gradio"))
+    monkeypatch.setitem(sys.modules, "gradio.themes", SimpleNamespace(Default=dict))
+    options = "--model some/model --host 0.0.0.0 --port 5 --threads 3 --trust-remote-code"
+    demo.main(options.split())
+    assert (given["model"], given["threads"], given["trust_remote_code"]) == ("some/model", 3, True)
+    assert (given["server_name"], given["server_port"]) == ("0.0.0.0", 5)
+    assert "sans-serif" in given["theme"]["font"], "fonts of the system: Gradio's come from the network"
