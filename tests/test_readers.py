@@ -14,6 +14,7 @@ from conftest import tiny_processor
 from data_schema import read_texts
 from PIL import Image
 from readers import pccd
+from readers.files import listed_splits
 from scales import known_scale
 from test_aic_data import PCCD, _lines, _load, _pictures, _write
 
@@ -649,6 +650,32 @@ def test_tables_of_spreadsheets(tmp_path):
         "unreadable row": ["rows.csv:4"],  # a text cut by a semicolon that nobody quoted is not half read
         "nothing to learn from": ["c (rows.csv:5)"],
     }
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\r\n"])
+@pytest.mark.parametrize("last", ["Plain.", '"Quoted."', '""'])
+def test_a_quote_that_is_not_closed_takes_no_other_row(tmp_path, last, end):
+    _pictures(tmp_path, "a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg")
+    lines = ["file_name,caption,rating", 'a.jpg,"Two\nlines, ""so"".",5', 'b.jpg,"Never closed,7', "c.jpg,Dull.,4"]
+    lines += ['d.jpg,"Good",5', 'd.jpg,"12" lens",5', f"e.jpg,{last},6"]
+    file = _write(tmp_path / "rows.csv", (end or "\n").join(lines) + end)
+    found, report = _load(file)
+    texts = {row["image_id"]: row["captions"] for row in found["train"]}
+    assert texts["a"] == ['Two\nlines, "so".'] and texts["c"] == ["Dull."] and texts["d"] == ["Good"]
+    counted = report.splits["train"]
+    assert counted.rows == 6 and counted.problems["unreadable row"] == 2
+    assert counted.examples["unreadable row"] == ["rows.csv:4", "rows.csv:7"]
+    assert texts["e"] == ([] if last == '""' else [last.strip('"')])
+
+
+def test_quotes_of_a_head_and_of_a_list_of_a_split(tmp_path):
+    _pictures(tmp_path, "a.jpg")
+    file = _write(tmp_path / "rows.csv", 'file_name,"caption,rating\na.jpg,Dull.,5\n')
+    with pytest.raises(ValueError, match=r"rows\.csv, line 1: the names of the columns have a quote"):
+        _load(file)
+    _write(tmp_path / "test_ids.csv", 'image_id\n"a\nb\n')
+    with pytest.raises(ValueError, match=r"test_ids\.csv, line 2: a quote that is not closed"):
+        listed_splits(tmp_path, "image_id")
 
 
 def test_rows_a_line_by_the_suffix_of_a_list(tmp_path):

@@ -58,7 +58,7 @@ def parse(file: Path) -> Rows | dict[str, Any]:
     if suffix in (".jsonl", ".ndjson"):
         return parse_lines(read_text(file))
     if suffix in (".csv", ".tsv"):
-        return list(parse_table(read_text(file)))
+        return list(parse_table(read_text(file), file))
     if suffix == ".txt":
         return [(number, line) for number, line in enumerate(read_text(file).split("\n"), 1) if line.strip()]
     if suffix == ".json":
@@ -100,25 +100,40 @@ def parse_lines(text: str) -> Rows:
     return rows
 
 
-def parse_table(text: str) -> Iterator[tuple[int, dict[str, str] | None]]:
+def parse_table(text: str, file: Path) -> Iterator[tuple[int, dict[str, str] | None]]:
     """Rows of a table with commas, or the semicolons or tabs of which there are more in its head."""
-    csv.field_size_limit(LONGEST_CELL)
     head = text[: text.find("\n")]
-    lines = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count))
-    names = [name.strip() for name in next(lines)]
-    begin = lines.line_num + 1
-    while True:
-        try:
-            cells = next(lines)
-        except StopIteration:
-            return
-        except csv.Error:
-            cells = None
+    lines = read_cells(text, max(",;\t", key=head.count))
+    names = next(lines)[1]
+    if names is None:
+        raise ValueError(f"{file}, line 1: the names of the columns have a quote that is not closed, or not doubled.")
+    names = [name.strip() for name in names]
+    for begin, cells in lines:
         if cells is None or any(cell.strip() for cell in cells[len(names) :]):
             yield begin, None  # more cells than the head: a comma that nobody quoted has cut a text
         elif cells:
             yield begin, dict(zip(names, cells))
-        begin = lines.line_num + 1
+
+
+def read_cells(text: str, delimiter: str = ",") -> Iterator[tuple[int, list[str] | None]]:
+    """
+    The cells of each row with the line where it begins; None for a line that is none.
+
+    A quote that is not closed would take all that follows into its cell. So quotes have to be right, and where they are
+    not, the line with which the row begins is no row, and reading goes on with the line after it.
+    """
+    csv.field_size_limit(LONGEST_CELL)
+    given, begin = list(io.StringIO(text, newline="")), 0
+    while begin < len(given):
+        rows = csv.reader(map(given.__getitem__, range(begin, len(given))), delimiter=delimiter, strict=True)
+        start = begin
+        try:
+            for cells in rows:
+                yield begin + 1, cells
+                begin = start + rows.line_num
+        except csv.Error:
+            yield begin + 1, None
+            begin += 1
 
 
 def names_in(content: Rows | dict[str, Any]) -> set[str]:
@@ -133,7 +148,11 @@ def listed_splits(folder: Path, column: str) -> dict[str, str]:
     splits = {}
     for name, split in SPLIT_LISTS.items():
         if (folder / name).is_file():
-            lines = list(csv.reader(io.StringIO(read_text(folder / name), newline="")))
+            lines = []
+            for number, cells in read_cells(read_text(folder / name)):
+                if cells is None:  # the photographs that it lists would be taken for others, to train on
+                    raise ValueError(f"{folder / name}, line {number}: a quote that is not closed, or not doubled.")
+                lines.append(cells)
             has_head = column in lines[0]
             position = lines[0].index(column) if has_head else 0
             splits |= {line[position].strip(): split for line in lines[has_head:] if len(line) > position}
