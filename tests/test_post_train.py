@@ -2,6 +2,8 @@
 
 import json
 
+import aic_data
+import datasets
 import pytest
 import torch
 from conftest import tiny_model, tiny_processor
@@ -10,6 +12,7 @@ from PIL import Image
 
 pytest.importorskip("trl")
 import post_train
+from trl import SFTConfig, SFTTrainer
 
 from ase_mllm import ASEForConditionalGeneration
 
@@ -155,3 +158,24 @@ def test_a_line_that_is_no_pair_is_named(photographs, line, message):
     file.write_text('{"image": "0.png", "chosen": "a", "rejected": "b"}\n' + line)
     with pytest.raises(ValueError, match=message):
         post_train.dpo_rows(file)
+
+
+@pytest.mark.filterwarnings(TRL_SETS, "ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_:FutureWarning")
+def test_a_folder_of_messages_is_read_by_trl_and_by_us(checkpoint, photographs, tmp_path):
+    """What TRL's sft_vlm.py does with a model's name and a folder's; its trainer finds the processor by itself."""
+    said = [{"role": "user", "content": "what is good ?"}, {"role": "assistant", "content": "blurred ."}]
+    rows = [{"file_name": f"{i}.png", "messages": said} for i in range(4)]
+    (photographs / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ours = aic_data.load(photographs)[0]["train"]
+    assert [(row["image_id"], row["prompt"], row["captions"]) for row in ours] == [
+        (str(i), "what is good ?", ["blurred ."]) for i in range(4)
+    ]
+    theirs = datasets.load_dataset(str(photographs), cache_dir=str(tmp_path / "cache"))["train"]
+    options = {"max_steps": 1, "learning_rate": 1e-2, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+    args = SFTConfig(str(tmp_path / "out"), max_length=None, save_strategy="no", bf16=False, **options)
+    model = post_train.AutoModelForImageTextToText.from_pretrained(checkpoint)
+    trainer = SFTTrainer(model=model, args=args, train_dataset=theirs)
+    trainer.train()
+    trainer.save_model()
+    assert any(".language_model." in name for name in moved(checkpoint, tmp_path / "out"))

@@ -4,6 +4,7 @@ Conversations about a picture: LLaVA's `conversations` (Q-Instruct, AesMMIT and 
     {"image": "a/1.jpg", "conversations": [{"from": "human", "value": "<image>\\nHow is the light?"}, {"from": "gpt", ...}]}
     {"images": ["1.jpg"], "messages": [{"role": "system", ...}, {"role": "user", ...}, {"role": "assistant", ...}]}
 
+`file_name` will do for `image`: a folder of pictures with such a metadata.jsonl is what TRL's own scripts read too.
 Each answer is a row, whose `prompt` is all that was said before it, the system's words first: a later question may speak
 of an earlier answer. Placeholders of the picture are taken out, the processor puts in its own. A message may be a list of
 parts with `type` text or image. Answers come with the row's other columns, e.g. `gt_score`.
@@ -84,7 +85,7 @@ def text_of(value: Any) -> str | None:
 
 def pictures_of(entry: dict[str, Any]) -> list[Any]:
     """The row's pictures: of its columns, or of the parts of its messages."""
-    for name in ("images", "image"):
+    for name in ("images", "image", "file_name"):
         value = entry.get(name)
         if value not in (None, "", []):
             return value if isinstance(value, list) else [value]
