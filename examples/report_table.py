@@ -9,13 +9,17 @@ from metrics import srcc
 
 
 Rows = list[dict[str, Any]]
+CAPTIONS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "SPICE")
+SCORES = (("SRCC", "score"), ("PLCC", "score"), ("accuracy at 5", "score"))
+WIDE = (*((name, "") for name in CAPTIONS), ("length ratio", "words"), *SCORES)  # figures and their protocols
 PANELS = {"CIDEr": "CIDEr of each topic", "coverage": "topic coverage"}
 
 
 def show(value: float | None, ends: list[float] | None = None) -> str:
     if value is None or np.isnan(value):
         return "-"
-    return f"{value:.3f}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends and not np.isnan(ends).any() else "")
+    known = ends and not any(end is None or np.isnan(end) for end in ends)
+    return f"{value:.3f}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if known else "")
 
 
 def as_markdown(table: Rows, facts: dict[str, Any]) -> str:
@@ -40,6 +44,45 @@ def as_markdown(table: Rows, facts: dict[str, Any]) -> str:
     lines += [f"- {name}: {meaning}." for name, meaning in facts["protocols"].items()]
     lines += [f"- {note}." for note in (*facts["notes"], *facts["statistics"])]
     return "\n".join(lines) + "\n"
+
+
+def as_wide(report: dict[str, Any], protocol: str = "all") -> str:
+    """
+    The figures of the field with a row for each system, for what is left with a wrong photograph, for the scores' baselines,
+    and for each difference.
+
+    Args:
+        report: The report.json of an evaluation.
+        protocol: By which captions are measured; see `PROTOCOLS` of evaluate_captions.py.
+    """
+    found = {(row["measure"], row["protocol"]): row for row in report["table"]}
+    columns = [found.get((name, kind or protocol), {}) for name, kind in WIDE]
+    lines = [] if report["warning"] is None else [report["warning"], ""]
+    lines += ["| system | " + " | ".join(name for name, _ in WIDE) + " |", "|---|" + "---:|" * len(WIDE)]
+
+    def add(name: str, cells: list[str]):
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+
+    def cells_of(name: str, prefix: str) -> list[str]:
+        cells = [column.get("systems", {}).get(name, {}) for column in columns]
+        return [show(cell.get(f"{prefix}value"), cell.get(f"{prefix}interval")) for cell in cells]
+
+    for name in report["systems"]:
+        add(name, cells_of(name, ""))
+        add(f"{name}, wrong photo", cells_of(name, "wrong_photo_"))
+    if any(column.get("baseline") is not None for column in columns):
+        add("baseline", [show(column.get("baseline")) for column in columns])
+    for name in report["systems"]:
+        tests = [column.get("comparisons", {}).get(name, {}) for column in columns]
+        if any(tests):
+            shown = [show(one.get("difference"), one.get("interval")) for one in tests]
+            shown = [f"{cell}, p {show(one.get('p'))}" if one else "-" for cell, one in zip(shown, tests)]
+            add(f"{name} less {report['against']}", shown)
+    missing = [f"- **{name}** is missing: {reason}." for name, reason in report["not_computed"].items()]
+    meaning = [
+        f"- {name}: {report['protocols'][name]}." for name in (protocol, "score") if name in report["protocols"]
+    ]
+    return "\n".join([*lines, "", *missing, *meaning, *(f"- {one}." for one in report["statistics"])]) + "\n"
 
 
 def plot_topics(table: Rows, path: Path):
