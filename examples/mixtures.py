@@ -126,8 +126,10 @@ def same_files(one: datasets.Dataset, other: datasets.Dataset) -> list[tuple[str
 def picture_paths(rows: datasets.Dataset) -> dict[str, str]:
     """The photographs' ids by the paths of their files; those inside of Parquet files are not among them."""
     unread = rows.cast_column("image", datasets.Image(decode=False))
-    paths = {row["image"]["path"]: row["image_id"] for row in unread.select_columns(["image", "image_id"])}
-    return {path: image_id for path, image_id in paths.items() if path is not None and os.path.isfile(path)}
+    if not len(rows) or unread[0]["image"]["bytes"] is not None:
+        return {}
+    paths = unread.select_columns("image").flatten()["image.path"]  # without what lies beside them
+    return {path: image_id for path, image_id in zip(paths, rows["image_id"]) if path and os.path.isfile(path)}
 
 
 def with_own_ids(

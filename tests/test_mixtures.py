@@ -6,7 +6,7 @@ import aic_data
 import datasets
 import numpy as np
 import pytest
-from mixtures import load_mixture
+from mixtures import load_mixture, picture_paths
 from PIL import Image
 from test_aic_data import _lines, _write
 
@@ -67,6 +67,20 @@ def test_a_photograph_of_one_test_is_not_trained_on_under_another_name(tmp_path,
         load_mixture([one, two][::order])
     three = _source(tmp_path / "smaller", {"hill.jpg": 2}, split="test", side=64)  # saved anew: only a name would tell
     assert set(load_mixture([one, three][::order])[0]) == {"train", "test"}
+
+
+def test_pictures_inside_of_a_table_are_not_taken_for_files(tmp_path):
+    source = _source(tmp_path / "scores", {"953.jpg": 1})
+    rows = aic_data.load(source)[0]["train"]
+    file = str(tmp_path / "scores" / "train" / "953.jpg")
+    assert picture_paths(rows) == {file: "953"}
+    content = Path(file).read_bytes()
+    later = tmp_path / "later.jpg"  # of the name that the table's picture has, as it may lie where somebody works
+    features = rows.select_columns(["image", "image_id"]).features
+    image = {"path": str(later), "bytes": content}
+    inside = datasets.Dataset.from_dict({"image": [image], "image_id": ["953"]}, features=features)
+    later.write_bytes(content)
+    assert picture_paths(inside) == {} == picture_paths(rows.select([]))
 
 
 def test_what_is_set_aside_goes_out_of_all_sources(tmp_path):
