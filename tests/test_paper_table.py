@@ -128,3 +128,39 @@ def test_how_a_script_is_run(monkeypatch, capfd):
     with pytest.raises(SystemExit):
         paper_table.main(["--base", "somewhere"])
     assert "give both --base and --data" in capfd.readouterr().err
+
+
+def test_a_base_and_data_of_your_own(tmp_path, monkeypatch):
+    commands = []
+
+    def remember(script: str, *arguments: object) -> str:
+        commands.append([str(one) for one in arguments])
+        if script == "evaluate_captions.py":
+            report = {
+                "table": [],
+                "systems": [],
+                "warning": None,
+                "not_computed": {},
+                "protocols": {},
+                "statistics": [],
+            }
+            (tmp_path / "evaluation").mkdir()
+            (tmp_path / "evaluation" / "report.json").write_text(json.dumps(report))
+        return script
+
+    monkeypatch.setattr(paper_table, "run", remember)
+    source = ["--data", "PCCD", "--images", "PCCD/images", "--pccd", "general"]
+    options = ["--out", str(tmp_path), "--resamples", "9", "--max-new-tokens", "7", "--seed", "5"]
+    paper_table.main(["--base", "a/base", *source, *options, "--stage", "lora"])
+    for command in commands:
+        chosen = dict(zip(command, command[1:]))
+        assert (chosen["--data"], chosen["--images"], chosen["--pccd"]) == ("PCCD", "PCCD/images", "general")
+        assert chosen["--seed"] == "5" and "--aspect_names" not in command and "--max_steps" not in command
+    for command in commands[:2]:
+        chosen = dict(zip(command, command[1:]))
+        assert (chosen["--model"], chosen["--eval_strategy"], chosen["--patience"]) == ("a/base", "no", "0")
+        assert command[-2:] == ["--stage", "lora"]
+    chosen = dict(zip(commands[2], commands[2][1:]))
+    assert commands[2][0] == "a/base" and (chosen["--resamples"], chosen["--max-new-tokens"]) == ("9", "7")
+    assert (chosen["--against"], chosen["--split"]) == ("base", "test")
+    assert "nothing about photographs" not in (tmp_path / "table.md").read_text()
