@@ -1,5 +1,6 @@
 """`examples/paper_table.py` from nothing to the table, on fewer pictures and steps than it makes by itself."""
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -153,14 +154,14 @@ def test_a_base_and_data_of_your_own(tmp_path, monkeypatch):
     options = ["--out", str(tmp_path), "--resamples", "9", "--max-new-tokens", "7", "--seed", "5"]
     paper_table.main(["--base", "a/base", *source, *options, "--stage", "lora"])
     for command in commands:
-        chosen = dict(zip(command, command[1:]))
+        chosen = dict(itertools.pairwise(command))
         assert (chosen["--data"], chosen["--images"], chosen["--pccd"]) == ("PCCD", "PCCD/images", "general")
         assert chosen["--seed"] == "5" and "--aspect_names" not in command and "--max_steps" not in command
     for command in commands[:2]:
-        chosen = dict(zip(command, command[1:]))
+        chosen = dict(itertools.pairwise(command))
         assert (chosen["--model"], chosen["--eval_strategy"], chosen["--patience"]) == ("a/base", "no", "0")
         assert command[-2:] == ["--stage", "lora"]
-    chosen = dict(zip(commands[2], commands[2][1:]))
+    chosen = dict(itertools.pairwise(commands[2]))
     assert commands[2][0] == "a/base" and (chosen["--resamples"], chosen["--max-new-tokens"]) == ("9", "7")
     assert (chosen["--against"], chosen["--split"]) == ("base", "test")
     assert "nothing about photographs" not in (tmp_path / "table.md").read_text()
