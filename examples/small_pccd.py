@@ -76,7 +76,7 @@ def write_entry(rng: random.Random, name: str, light: str, focus: str) -> dict:
     means = {"color_lighting": 8 if light == "fine" else 5, "focus": 8 if focus == "fine" else 5}
     scores = [str(round(rng.gauss(means.get(topic, 8 - 1.5 * faults), 0.4) * 2) / 2) for topic in TOPICS]
     scores = ["N" if rng.random() < 0.05 else score for score in scores]
-    overall = f"{rng.gauss(8.2 - 1.6 * faults, 0.4):.1f}"
+    overall = f"{rng.gauss(7.5 - 2.4 * faults, 0.4):.1f}"
     return {
         "title": name,
         "description": "",
