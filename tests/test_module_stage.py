@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import aic_data
+import datasets
 import module_stage
 import pytest
 import torch
@@ -49,6 +50,19 @@ def test_stage_module_trains_the_module_alone_as_its_encoder_would_feed_it(check
         "model.iasm.encoder_norms.0.weight",
     } <= moved
     assert ASEProcessor.from_pretrained(out) and ModelCard.load(out / "README.md").data.eval_results
+
+
+def test_of_the_rows_of_a_photograph_the_one_with_targets_is_taken():
+    """One data set has its captions, another its scores."""
+    columns = {
+        "image_id": ["a", "b", "a", "a", "b"],
+        "score": [None, None, [0.5, 0.5], [1.0, 0.0], None],
+        "aspect_labels": [None, None, None, None, None],
+        "saliency": [None, None, None, None, [[1.0]]],
+    }
+    found = module_stage.first_rows(datasets.Dataset.from_dict(columns))
+    assert found["score"] == [[0.5, 0.5], None] and found["saliency"] == [None, [[1.0]]]
+    assert found["image_id"] == ["a", "b"]
 
 
 def test_kept_inputs_train_as_the_whole_model_does(base, rated, tmp_path):
