@@ -53,11 +53,14 @@ MAX_NEW_TOKENS = 160
 def with_shut_gates(model: Path, folder: Path) -> Path:
     """A copy of the model that is its base: what shows that the saliency branch runs in the engine too."""
     copytree(model, folder)
-    weights = load_file(folder / "model.safetensors")
-    gates = [name for name in weights if name.endswith("gate")]
-    if not gates:
+    shut = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        weights = load_file(path)
+        gates = {name: torch.zeros_like(value) for name, value in weights.items() if name.endswith("gate")}
+        save_file({**weights, **gates}, path, metadata={"format": "pt"})
+        shut += len(gates)
+    if not shut:
         raise ValueError(f"{model} has no gates: it is not an ASE checkpoint.")
-    save_file({**weights, **{name: torch.zeros_like(weights[name]) for name in gates}}, folder / "model.safetensors")
     return folder
 
 

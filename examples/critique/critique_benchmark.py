@@ -362,7 +362,8 @@ def save_whole(tensors: dict[str, torch.Tensor], path: Path, **metadata: str):
 
 
 def base_checksum(language_model: Path) -> str:
-    return hashlib.sha256((language_model / "model.safetensors").read_bytes()).hexdigest()
+    files = sorted(language_model.glob("*.safetensors"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 @cache

@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from critique_captions import ASPECTS, FAULTS, compose_verdict, named_aspects
+from critique_captions import ASPECTS, FAULTS, KINDS, compose_verdict, named_aspects
 from critique_data import load_sources, make_sample
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -79,6 +79,9 @@ PLACES = 4  # of the picture in the stage of the text
 WEIGHTS = {"score_loss_weight": 5.0, "aspect_loss_weight": 3.0, "saliency_loss_weight": 1.0}
 SHARD = 250  # pictures in a file
 VARIANTS, TURNED_OVER = 12, 4  # verdicts of each picture to learn from, and how many aspects at most differ in them
+# Kinds of subject that were right in two of three held-out pictures where they were said, with a margin of two logits; the
+# others were wrong more often, and are never said.
+KNOWN_KINDS, MARGIN, NEVER = ("animal", "flower", "building"), 2.0, 20.0
 MOST_ALARMS = 0.02  # of the pictures without a fault, by which thresholds are set
 CHAT_TEMPLATE = r"""{#- The one question that the model was taught: it is asked this one, after the photographs, whatever the words were. -#}
 {%- set question = 'Critique this photograph: what is good, what is wrong, what would help?' -%}
@@ -414,6 +417,8 @@ def calibrate(model: ASEForConditionalGeneration, pool: Pool):
         worth = torch.where(alarms <= MOST_ALARMS, recall - 2 * alarms, -1.0)
         if worth.max() > 0:
             model.model.iasm.aspect_head.bias[i] -= candidates[worth.argmax()].clamp(-4, 4)
+        if ASPECTS[i] in KINDS:
+            model.model.iasm.aspect_head.bias[i] -= MARGIN if ASPECTS[i] in KNOWN_KINDS else NEVER
 
 
 def write_tokens(rows: list[tuple[list[bool], list[float], int]], processor: ASEProcessor) -> list[list[int]]:
@@ -558,11 +563,25 @@ def agreement(
 
 
 def save(model: ASEForConditionalGeneration, processor: ASEProcessor, folder: Path):
-    """In half precision, to be loaded in single: `config.json` says so."""
-    halves = {}  # by the place in memory: tied weights stay tied
-    state = {name: halves.setdefault(value.data_ptr(), value.half()) for name, value in model.state_dict().items()}
-    model.save_pretrained(folder, state_dict=state)
+    """
+    In half precision, to be loaded in single: `config.json` says so.
+
+    The encoder, which no training changes, is a file of its own: a new version of the rest is small.
+    """
+    model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    weights = {name: value.half() for name, value in load_file(folder / "model.safetensors").items()}
+    parts: dict[str, dict[str, torch.Tensor]] = {"00001": {}, "00002": {}}
+    for name, value in weights.items():
+        parts["00001" if ".vision_tower." in name else "00002"][name] = value
+    places = {}
+    for number, part in parts.items():
+        file = f"model-{number}-of-00002.safetensors"
+        save_file(part, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(part, file)
+    index = {"metadata": {"total_size": sum(value.nbytes for value in weights.values())}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    (folder / "model.safetensors").unlink()
 
 
 def main(argv: list[str] | None = None):
