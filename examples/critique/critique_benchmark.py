@@ -619,20 +619,24 @@ def run_all(args: argparse.Namespace, runs: list[tuple[str, int, int]]) -> dict[
             failed[run] = f"{type(error).__name__}: {error}"
             traceback.print_exception(error)
 
-    if args.jobs == 1:
-        for run in runs:
-            settle(run, partial(run_arm, args, run))
-    while args.jobs > 1 and (waiting := [run for run in runs if run not in results and run not in failed]):
+    def try_in_processes(waiting: list[tuple[str, int, int]], jobs: int) -> dict[tuple[str, int, int], str]:
         broken = {}
-        with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
             futures = {pool.submit(run_arm, args, run): run for run in waiting}
             for future in as_completed(futures):
                 try:
                     settle(futures[future], future.result)
                 except BrokenExecutor as error:
                     broken[futures[future]] = str(error)
-        if len(broken) == len(waiting):  # another pool would break as well
-            failed |= broken
+        return broken
+
+    if args.jobs == 1:
+        for run in runs:
+            settle(run, partial(run_arm, args, run))
+    while args.jobs > 1 and (waiting := [run for run in runs if run not in results and run not in failed]):
+        if len(try_in_processes(waiting, args.jobs)) == len(waiting):  # which of them kills its process shows alone
+            for run in waiting:
+                failed |= try_in_processes([run], 1)
     for run, error in failed.items():
         print("failed:", *run, error, file=sys.stderr, flush=True)
     return results
