@@ -123,9 +123,10 @@ def lesson(tmp_path, monkeypatch, critique_sources, encoder):
     pool = train_ase_mini.Pool(tmp_path, "train", torch.device("cpu"))
     processor = train_ase_mini.build_processor(["A plain record of what was there."] * 5)
     model = train_ase_mini.build_model(processor, encoder).eval()
-    found = train_ase_mini.find(model, pool).aspect_logits > 0
-    critiques = train_ase_mini.write_critiques(found, processor, pool, 1, 0)
-    return model, train_ase_mini.TextLesson(model, processor, pool, *critiques, train_ase_mini.SIDE**2)
+    found = train_ase_mini.find(model, pool)
+    critiques = train_ase_mini.write_critiques(found.aspect_logits > 0, processor, pool, 1, 0)
+    places = train_ase_mini.SIDE**2
+    return model, train_ase_mini.TextLesson(model, processor, pool, *critiques, found.saliency_tokens, places)
 
 
 def test_lessons_on_kept_states_are_of_what_the_model_computes(lesson):

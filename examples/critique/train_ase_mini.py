@@ -278,7 +278,7 @@ def build_model(processor: ASEProcessor, encoder: Path) -> ASEForConditionalGene
             pad_token_id=tokenizer.pad_token_id,
         ),
         image_token_index=processor.image_token_id,
-        image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,
+        image_seq_length=SIDE**2,
         vision_feature_layer=-1,
         tie_word_embeddings=True,
     )
@@ -345,6 +345,7 @@ class TextLesson(nn.Module):
         pool: Pool,
         verdicts: torch.Tensor,
         tokens: torch.Tensor,
+        saliency_tokens: torch.Tensor,
         places: int,
     ):
         super().__init__()
@@ -353,7 +354,7 @@ class TextLesson(nn.Module):
         self.verdict, self.fusions, self.mllm = inner.iasm.verdict, inner.fusions, inner.mllm
         self.mllm.requires_grad_(True)
         self.mllm.model.vision_tower.requires_grad_(False)
-        self.saliency = find(model, pool).saliency_tokens[:, : model.config.iasm_config.num_queries]
+        self.saliency = saliency_tokens[:, :-1]  # without the module's own verdict
         inputs = processor(images=Image.new("RGB", (8, 8)), text=processor.critique_prompt(), return_tensors="pt")
         self.tokenizer, self.image, self.pad = (
             processor.tokenizer,
@@ -408,6 +409,8 @@ def calibrate(model: ASEForConditionalGeneration, pool: Pool):
     """
     logits, truth = find(model, pool).aspect_logits, pool.columns["aspects"]
     for i in range(logits.shape[1]):
+        if ASPECTS[i] in KINDS:
+            model.model.iasm.aspect_head.bias[i] -= MARGIN if ASPECTS[i] in KNOWN_KINDS else NEVER
         present, absent = (logits[truth[:, i] == value, i].sort().values for value in (1, 0))
         if not len(present) or not len(absent):
             continue
@@ -417,8 +420,6 @@ def calibrate(model: ASEForConditionalGeneration, pool: Pool):
         worth = torch.where(alarms <= MOST_ALARMS, recall - 2 * alarms, -1.0)
         if worth.max() > 0:
             model.model.iasm.aspect_head.bias[i] -= candidates[worth.argmax()].clamp(-4, 4)
-        if ASPECTS[i] in KINDS:
-            model.model.iasm.aspect_head.bias[i] -= MARGIN if ASPECTS[i] in KNOWN_KINDS else NEVER
 
 
 def write_tokens(rows: list[tuple[list[bool], list[float], int]], processor: ASEProcessor) -> list[list[int]]:
@@ -625,14 +626,16 @@ def main(argv: list[str] | None = None):
     # Run
     if args.stage in ("text", "all"):
         critiques = write_critiques(pool.columns["aspects"] == 1, processor, pool, args.workers, args.seed)
-        train_stage("text", TextLesson(model.eval(), processor, pool, *critiques, PLACES), args)
+        tokens = find(model.eval(), pool).saliency_tokens
+        train_stage("text", TextLesson(model, processor, pool, *critiques, tokens, PLACES), args)
     if args.stage in ("module", "all"):
         train_stage("module", ModuleLesson(model, pool), args)
         calibrate(model.eval(), Pool(pictures, "validation", device))
     if args.stage in ("whole", "all"):
-        found = find(model.eval(), pool).aspect_logits > 0
-        critiques = write_critiques(found, processor, pool, args.workers, args.seed + 1)
-        train_stage("whole", TextLesson(model, processor, pool, *critiques, SIDE**2), args)
+        found = find(model.eval(), pool)
+        critiques = write_critiques(found.aspect_logits > 0, processor, pool, args.workers, args.seed + 1)
+        lesson = TextLesson(model, processor, pool, *critiques, found.saliency_tokens, SIDE**2)
+        train_stage("whole", lesson, args)
     save(model, processor, saved)
     if args.stage in ("text", "module"):
         return
