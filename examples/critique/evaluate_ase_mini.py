@@ -12,7 +12,6 @@ Needs the extra `evaluation`.
 """
 
 import argparse
-import io
 import json
 import sys
 from collections.abc import Sequence
@@ -21,8 +20,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from critique_captions import ASPECT_FAULTS, ASPECTS, FAULTS, compose_verdict, named_aspects
-from critique_data import PENALTIES, critique_dataset, load_sources
-from foreign_edits import make_foreign_sample
+from critique_data import PENALTIES, PHOTOMETRIC, critique_dataset, load_sources
+from critique_pictures import MAP_SIZE
+from foreign_edits import as_jpeg, make_foreign_sample
 from huggingface_hub import EvalResult, ModelCard
 from PIL import Image
 from scipy.stats import rankdata, spearmanr
@@ -42,7 +42,6 @@ BUNDLE = Path(__file__).parents[1] / "ase-mini"
 PHOTOS = Path(__file__).parents[1] / "photos"
 APART = ("level", "placement")  # reported beside the macro average, not in it
 PROTOCOL = "five references, composed of the truth; lower-case words, no punctuation; pycocoevalcap"
-MAP_SIZE = 32
 
 
 def answers_to(model, processor, images: Sequence[Image.Image], batch_size: int, **options) -> list[dict]:
@@ -162,19 +161,15 @@ def measure_photographs(model, processor, test, train, batch_size: int) -> dict:
     masks = [_small(photo.mask) for photo in photos]
     maps = [answer["heat"].numpy() for answer, photo in zip(answers, test.photos) if photo.mask is not None]
     centre = np.mean([_small(photo.mask) for photo in train.photos if photo.mask is not None], axis=0)
-    faults = [[bool(verdict(answer) & set(names)) for answer in answers] for names in photometric().values()]
+    faults = [[bool(verdict(answer) & set(ASPECT_FAULTS[aspect])) for answer in answers] for aspect in PHOTOMETRIC]
     return {
         "photographs": len(answers),
-        "false alarms": dict(zip(photometric(), map(_mean, faults))),
+        "false alarms": dict(zip(PHOTOMETRIC, map(_mean, faults))),
         "mean false alarm": float(np.mean(faults)),
         "masks": len(masks),
         "saliency": saliency_scores(maps, masks),
         "centre bias": saliency_scores([centre] * len(masks), masks),
     }
-
-
-def photometric() -> dict[str, tuple[str, ...]]:
-    return {aspect: names for aspect, names in ASPECT_FAULTS.items() if aspect not in ("placement", "depth")}
 
 
 def _small(mask: np.ndarray) -> np.ndarray:
@@ -184,8 +179,8 @@ def _small(mask: np.ndarray) -> np.ndarray:
 def measure_copies(model, processor, photos: list[Image.Image], batch_size: int) -> dict[str, float]:
     """Share of the photographs whose verdict is the same from another file, and of those in grey that are called muted."""
     copies = {
-        "JPEG 95": [_as_jpeg(photo, 95) for photo in photos],
-        "JPEG 85": [_as_jpeg(photo, 85) for photo in photos],
+        "JPEG 95": [as_jpeg(photo, 95) for photo in photos],
+        "JPEG 85": [as_jpeg(photo, 85) for photo in photos],
         "at 90 % size": [photo.resize((photo.width * 9 // 10, photo.height * 9 // 10)) for photo in photos],
     }
     first = [verdict(answer) for answer in answers_to(model, processor, photos, batch_size)]
@@ -195,12 +190,6 @@ def measure_copies(model, processor, photos: list[Image.Image], batch_size: int)
         same[name] = _mean([one == other for one, other in zip(first, again)])
     grey = answers_to(model, processor, [photo.convert("L").convert("RGB") for photo in photos], batch_size)
     return same | {"monochrome called muted": _mean(["muted" in verdict(answer) for answer in grey])}
-
-
-def _as_jpeg(image: Image.Image, quality: int) -> Image.Image:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality)
-    return Image.open(buffer).convert("RGB")
 
 
 def as_markdown(figures: dict) -> str:

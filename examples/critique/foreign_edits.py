@@ -72,7 +72,7 @@ def make_foreign_sample(index: int, split: str, seed: int, sources: LoadedSource
         unknown = aspect not in known or (aspect not in drawn and bool(unsure & set(names)))
         labels += [1.0 if drawn.get(aspect) == name else -1.0 if unknown else 0.0 for name in names]
     return {
-        "image": _as_jpeg(image, int(rng.integers(70, 95))),
+        "image": as_jpeg(image, int(rng.integers(70, 95))),
         "caption": "",
         "aspect_labels": labels,
         "score": [0.0] * 10,
@@ -206,7 +206,7 @@ _EDITS = {
 }
 
 
-def _as_jpeg(image: Image.Image, quality: int) -> Image.Image:
+def as_jpeg(image: Image.Image, quality: int) -> Image.Image:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality)
     return Image.open(buffer).convert("RGB")
