@@ -261,6 +261,25 @@ def caption_all(library: Library, found: Found, files: list[Path], args: argpars
     return outcome
 
 
+def add_model_arguments(parser: argparse.ArgumentParser, threads: str = "cores to work on"):
+    """What `start_model` is told."""
+    parser.add_argument(
+        "--model",
+        default=str(HERE / "ase-mini"),
+        help="ASE checkpoint, a folder or a Hub id (default: the bundled one)",
+    )
+    parser.add_argument("--threads", type=int, help=f"{threads} (default: one for small models, else all)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with the checkpoint")
+
+
+def refuse_below_zero(parser: argparse.ArgumentParser, args: argparse.Namespace, *names: str):
+    """Ends the program with a word where one of these options is given and no number above 0."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not 0 < value < float("inf"):
+            parser.error(f"--{name.replace('_', '-')} is {value:g}, it must be a number above 0")
+
+
 def start_model(args: argparse.Namespace) -> tuple[Any, Any]:
     try:
         model, processor = load_model(args.model, args.trust_remote_code)
@@ -288,11 +307,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description=description, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("photos", nargs="+", type=Path, metavar="PHOTOS", help="photographs and folders of them")
-    parser.add_argument(
-        "--model",
-        default=str(HERE / "ase-mini"),
-        help="ASE checkpoint, a folder or a Hub id (default: the bundled one)",
-    )
+    add_model_arguments(parser)
     parser.add_argument(
         "--out", type=Path, default=Path("captions"), metavar="DIR", help="where results go (default: %(default)s)"
     )
@@ -303,7 +318,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=160, help="longest critique (default: %(default)s)")
     parser.add_argument("--limit", type=int, help="only the first so many photographs")
     parser.add_argument("--max-megapixels", type=float, help="refuse larger photographs (default: Pillow's limit, 89)")
-    parser.add_argument("--threads", type=int, help="cores to work on (default: one for small models, else all)")
     parser.add_argument(
         "--xmp",
         nargs="?",
@@ -314,17 +328,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--overwrite", action="store_true", help="with --xmp: also change ratings and descriptions that are there"
     )
-    parser.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with the checkpoint")
     args = parser.parse_args(argv)
     # not every shell expands `~` within an argument of make
     args.photos, args.out = [path.expanduser() for path in args.photos], args.out.expanduser()
     for path in args.photos:
         if not os.path.lexists(path):
             parser.error(f"there is no file or folder {path}")
-    for name in ("batch_size", "max_new_tokens", "limit", "max_megapixels", "threads"):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < float("inf"):
-            parser.error(f"--{name.replace('_', '-')} is {value:g}, it must be a number above 0")
+    refuse_below_zero(parser, args, "batch_size", "max_new_tokens", "limit", "max_megapixels", "threads")
     if args.xmp and shutil.which("exiftool") is None:
         parser.error("--xmp needs exiftool (apt install libimage-exiftool-perl, brew install exiftool, exiftool.org)")
     if args.overwrite and not args.xmp:

@@ -30,7 +30,15 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from caption_photos import HERE, CannotStart, ase_config, critique_all, describe, start_model
+from caption_photos import (
+    CannotStart,
+    add_model_arguments,
+    ase_config,
+    critique_all,
+    describe,
+    refuse_below_zero,
+    start_model,
+)
 from filelock import FileLock, Timeout
 from photo_files import Failure, Photo, find_photos, read_photo
 from PIL import Image
@@ -151,11 +159,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("photos", nargs="+", type=Path, metavar="PHOTOS", help="photographs and folders of them")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the Parquet files go")
-    parser.add_argument(
-        "--model",
-        default=str(HERE / "ase-mini"),
-        help="ASE checkpoint, a folder or a Hub id (default: the bundled one)",
-    )
+    add_model_arguments(parser, "cores of one model")
     parser.add_argument(
         "--address", help="the Ray cluster; auto: the one that runs here (default: this machine alone)"
     )
@@ -167,16 +171,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--retry", action="store_true", help="try those again that have an error; their old rows stay")
     parser.add_argument("--max-new-tokens", type=int, default=160, help="longest critique (default: %(default)s)")
     parser.add_argument("--max-megapixels", type=float, help="refuse larger photographs (default: Pillow's limit, 89)")
-    parser.add_argument("--threads", type=int, help="cores of one model (default: one for small models, else all)")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with the checkpoint")
     args = parser.parse_args(argv)
     for path in args.photos:
         if not os.path.lexists(path):
             parser.error(f"there is no file or folder {path}")
-    for name in ("workers", "batch_size", "block", "max_new_tokens", "max_megapixels", "threads"):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < float("inf"):
-            parser.error(f"--{name.replace('_', '-')} is {value:g}, it must be a number above 0")
+    refuse_below_zero(parser, args, "workers", "batch_size", "block", "max_new_tokens", "max_megapixels", "threads")
     if os.path.isdir(args.model):
         args.model = os.path.abspath(args.model)  # workers run in folders of their own
     return args

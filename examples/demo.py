@@ -16,7 +16,15 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from caption_photos import HERE, OVERLAY_SIDE, CannotStart, reduced, start_model
+from caption_photos import (
+    HERE,
+    OVERLAY_SIDE,
+    CannotStart,
+    add_model_arguments,
+    reduced,
+    refuse_below_zero,
+    start_model,
+)
 from common import critique
 from photo_files import Failure, read_photo
 from PIL import Image
@@ -76,16 +84,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=description, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--model",
-        default=str(HERE / "ase-mini"),
-        help="ASE checkpoint, a folder or a Hub id (default: the bundled one)",
-    )
+    add_model_arguments(parser)
     parser.add_argument("--host", help="0.0.0.0 lets other machines in (default: this machine alone)")
     parser.add_argument("--port", type=int, help="default: the first that is free from 7860 on")
-    parser.add_argument("--threads", type=int, help="cores to work on (default: one for small models, else all)")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with the checkpoint")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    refuse_below_zero(parser, args, "threads")
+    return args
 
 
 def main(argv: list[str] | None = None):

@@ -39,7 +39,7 @@ from typing import Any
 
 import torch
 import uvicorn
-from caption_photos import HERE, CannotStart, start_model
+from caption_photos import CannotStart, add_model_arguments, refuse_below_zero, start_model
 from common import write_captions
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
@@ -339,11 +339,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=description, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--model",
-        default=str(HERE / "ase-mini"),
-        help="ASE checkpoint, a folder or a Hub id (default: the bundled one)",
-    )
+    add_model_arguments(parser)
     parser.add_argument(
         "--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default: this machine alone)"
     )
@@ -351,13 +347,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=160, help="longest critique (default: %(default)s)")
     parser.add_argument("--max-megabytes", type=float, default=64, help="largest request (default: %(default)s)")
     parser.add_argument("--max-megapixels", type=float, help="refuse larger photographs (default: Pillow's limit, 89)")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with the checkpoint")
-    parser.add_argument("--threads", type=int, help="cores to work on (default: one for small models, else all)")
     args = parser.parse_args(argv)
-    for name in ("threads", "max_new_tokens", "max_megabytes", "max_megapixels"):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < float("inf"):
-            parser.error(f"--{name.replace('_', '-')} is {value:g}, it must be a number above 0")
+    refuse_below_zero(parser, args, "threads", "max_new_tokens", "max_megabytes", "max_megapixels")
     return args
 
 

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from caption_photos import HERE, CannotStart, reduced, start_model
+from caption_photos import CannotStart, add_model_arguments, reduced, start_model
 from common import critique
 from photo_files import RAW_SUFFIXES, Failure, Photo, find_photos, read_photo
 from photo_library import written_beside
@@ -203,11 +203,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description=description, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("photos", nargs="+", type=Path, metavar="PHOTOS", help="photographs and folders of them")
-    parser.add_argument(
-        "--model",
-        default=str(HERE / "ase-mini"),
-        help="ASE checkpoint, a folder or a Hub id (default: the bundled one)",
-    )
+    add_model_arguments(parser)
     parser.add_argument("--out", type=Path, default=Path("suggestions"), metavar="DIR", help="default: %(default)s")
     parser.add_argument(
         "--margin",
@@ -216,8 +212,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="how much higher the score must be, of 1 to 10 (default: %(default)s)",
     )
     parser.add_argument("--straighten", action="store_true", help="also try to turn photographs by a few degrees")
-    parser.add_argument("--threads", type=int, help="cores to work on (default: one for small models, else all)")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with the checkpoint")
     args = parser.parse_args(argv)
     args.photos, args.out = [path.expanduser() for path in args.photos], args.out.expanduser()
     for path in args.photos:
