@@ -149,6 +149,13 @@ def test_a_model_trains_and_is_saved_with_a_verdict_token(tmp_path):
     assert torch.equal(again(**inputs).logits, model.eval()(**inputs).logits)
 
 
+def test_no_path_of_a_part_is_saved(tmp_path):
+    base = tiny_base()
+    base.config.vision_config.name_or_path = "somebody/folder"
+    ASEForConditionalGeneration.from_mllm_pretrained(base, iasm_config=IASM).save_pretrained(tmp_path)
+    assert "somebody" not in (tmp_path / "config.json").read_text(encoding="utf-8")
+
+
 def test_fine_statistics_reach_the_tokens():
     pixels = make_inputs()["pixel_values"]
     iasm = tiny_iasm(fine_statistics=True)

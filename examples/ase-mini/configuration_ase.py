@@ -44,6 +44,7 @@ class _SavedWithCode(PreTrainedConfig):
         }
         for part in parts.values():
             part.pop("transformers_version", None)
+            _drop_paths(part)
         return {**super().to_diff_dict(), **parts}
 
 
@@ -314,6 +315,14 @@ def _part_config(name: str, config: dict | PreTrainedConfig) -> PreTrainedConfig
     if "model_type" not in config:
         raise ValueError(f"`{name}` has no `model_type` that says which model it is of; it names {sorted(config)}.")
     return AutoConfig.for_model(**config)
+
+
+def _drop_paths(fields: dict[str, Any]):
+    """Takes out where parts of parts were loaded from: a folder of somebody's machine."""
+    fields.pop("_name_or_path", None)
+    for value in fields.values():
+        if isinstance(value, dict):
+            _drop_paths(value)
 
 
 def _tree(config: PreTrainedConfig) -> list[PreTrainedConfig]:
