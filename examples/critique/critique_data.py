@@ -250,7 +250,8 @@ def _edited(
         canvas = canvas if style == "monochrome" else apply_light(style, canvas, scene.coverage, rng)
     if manner == "light":
         faults = draw_faults(rng, probability=0.35, strength=(0.15, 0.45), composite=False)
-    blur = 0.01 * faults["blurred"] if "blurred" in faults else rng.uniform(0, 0.0025)
+    # The least blur is what anybody sees who has the picture at full size: of other people's blurs most are this slight.
+    blur = 0.006 * faults["blurred"] ** 1.5 if "blurred" in faults else rng.uniform(0, 0.0025)
     way = str(rng.choice(BLURS, p=(0.4, 0.25, 0.2, 0.15)))
     if blur * min(canvas.size) > 0.3:
         canvas = blurred(canvas, blur * min(canvas.size), way, rng)
