@@ -441,6 +441,15 @@ def check_arguments(args: ScriptArguments):
         )
 
 
+def questions_asked_alike(rows: datasets.Dataset, processor: ASEProcessor) -> list[str]:
+    """Different questions of the rows that a chat template puts in the same words; empty where it tells them apart."""
+    asked = {prompt or topic_question(topic) for topic, prompt in zip(rows["topic"], rows["prompt"])}
+    groups = {}
+    for question in sorted(asked):
+        groups.setdefault(processor.critique_prompt(question), []).append(question)
+    return max(groups.values(), key=len, default=[]) if len(groups) < len(asked) else []
+
+
 def scored_topics(rows: datasets.Dataset) -> list[str]:
     """The topics that have scores, in the order in which the rows name them."""
     names = dict.fromkeys(one["topic"] for scores in rows["topic_scores"] for one in scores or [])
@@ -475,6 +484,14 @@ def main():
             args.aspect_names = scored_topics(train)
         if args.aspect_names is not None:
             processor.aspect_names = args.aspect_names
+        alike = questions_asked_alike(train, processor)
+        if alike and training_args.process_index == 0:
+            print(
+                f"WARNING: the chat template of {args.model} asks {len(alike)} different questions of the data in the same "
+                f"words ({alike[0]!r}, {alike[1]!r}, ...): the model cannot tell which one it is to answer. Give the "
+                "tokenizer another chat template, or train on one kind of text.",
+                file=sys.stderr,
+            )
         train_rows, validation_rows = (training_rows(part, processor) for part in (train, validation))
         photographs = validation.filter(len, input_columns="captions")
         if len(photographs) > args.eval_photographs:

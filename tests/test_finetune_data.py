@@ -150,3 +150,20 @@ def test_a_sample_shows_the_question():
         for question in ("what is good ?", "what is wrong ?")
     )
     assert one.size == two.size and (np.asarray(one) != np.asarray(two)).any()
+
+
+def test_questions_that_the_template_puts_in_the_same_words_are_told(tmp_path, base, capsys):
+    """As the bundled model's does: it asks one question, whatever the words were."""
+    data = write_pccd(tmp_path / "PCCD")
+    run(base, data, tmp_path / "apart", **SMALL)
+    assert "WARNING" not in capsys.readouterr().err
+    processor = tiny_processor()
+    processor.chat_template = processor.base_processor.chat_template = "{{ '<image>' }}critique:"
+    assert processor.critique_prompt("What of the light?") == "<image>critique:"
+    model = write_base(tmp_path / "base")
+    processor.base_processor.save_pretrained(model)
+    run(model, data, tmp_path / "alike", **SMALL)
+    error = capsys.readouterr().err
+    assert "asks 2 different questions" in error and str(model) in error
+    run(model, data, tmp_path / "one", pccd="general", **SMALL)
+    assert "WARNING" not in capsys.readouterr().err
