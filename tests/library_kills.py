@@ -44,13 +44,13 @@ def count_results(library: Path) -> int:
             return 0
 
 
-def memory(process: int) -> float:
-    """Resident, in MiB; 0 when it has ended."""
+def memory(process: int) -> int:
+    """Resident, in whole MiB; 0 when it has ended."""
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except FileNotFoundError:
-        return 0.0
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS")), 0.0)
+        return 0
+    return next((int(line.split()[1]) // 1024 for line in lines if line.startswith("VmRSS")), 0)
 
 
 def run(command: list[str], kill_at: int | None, library: Path, log: Path) -> dict[str, float]:
@@ -74,8 +74,8 @@ def run(command: list[str], kill_at: int | None, library: Path, log: Path) -> di
         "status": process.returncode,
         "seconds": time.monotonic() - began,
         "results": count_results(library),
-        "early": max(early, default=0.0),
-        "late": max(late, default=0.0),
+        "early": max(early, default=0),
+        "late": max(late, default=0),
     }
 
 
@@ -118,7 +118,7 @@ def main():
             else:
                 check(library, args.photographs)
                 name = "to the end" if number == args.kills + 1 else "once more, nothing to do"
-            grown = f"{one['early']:.0f} / {one['late']:.0f}" if one["late"] else "-"
+            grown = f"{one['early'] or '-'} / {one['late']}" if one["late"] else "-"
             lines.append(f"| {name} | {one['results']:,} | {one['seconds']:.0f} | {grown} |")
             print(lines[-1], flush=True)
     head = [
