@@ -408,14 +408,15 @@ def labels_of_topics(scores: list[dict[str, Any]] | None, names: list[str] | Non
     return labels if any(label >= 0 for label in labels) else None
 
 
-def topic_question(topic: str | None) -> str:
+def row_question(topic: str | None, prompt: str | None = None) -> str:
+    """A row's own `prompt`, else that of its topic."""
     topic = topic or "critique"
-    return PROMPTS.get(topic, f"Critique the {topic.replace('_', ' ')} of this photograph.")
+    return prompt or PROMPTS.get(topic, f"Critique the {topic.replace('_', ' ')} of this photograph.")
 
 
 def topic_prompt(processor: ASEProcessor, topic: str | None, prompt: str | None = None) -> str:
-    """What the model is asked, in its chat template with a place for the picture; a row's own `prompt` before its topic."""
-    return processor.critique_prompt(prompt or topic_question(topic))
+    """What the model is asked, in its chat template with a place for the picture."""
+    return processor.critique_prompt(row_question(topic, prompt))
 
 
 # Run -----------------------------------------------------------------------------------------------------------------

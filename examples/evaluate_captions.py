@@ -39,7 +39,7 @@ from typing import Any
 
 import datasets
 import numpy as np
-from aic_data import PROMPTS, load, topic_question
+from aic_data import PROMPTS, load, row_question
 from common import critique
 from metrics import (
     MAP_SIDE,
@@ -335,7 +335,7 @@ def make_captions(model: str, references: Rows, args: argparse.Namespace) -> Pat
             batch = references[start : start + args.batch_size]
             images = [read_photograph(path) for path in photos[start : start + args.batch_size]]
             questions = [
-                row.get("prompt") or (topic_question(row["aspect"]) if row.get("aspect") else args.prompt)
+                row.get("prompt") or (row_question(row["aspect"]) if row.get("aspect") else args.prompt)
                 for row in batch
             ]
             if critic.model.config.model_type == "ase":

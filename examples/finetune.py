@@ -45,7 +45,7 @@ import peft
 import torch
 import transformers
 from accelerate.utils import gather_object
-from aic_data import Report, parse_columns, split_off_validation, topic_question, training_rows
+from aic_data import Report, parse_columns, row_question, split_off_validation, training_rows
 from common import set_gate_rate, words, write_captions
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from metrics import caption_scores, topic_coverage
@@ -307,7 +307,7 @@ class CritiqueTrainer(GuardedTrainer):
         for indices in (mine[start : start + step] for start in range(0, len(mine), step)):
             rows = [self.photographs[i] for i in indices]
             images = [read_photograph(row["image"]) for row in rows]
-            questions = [row["prompt"] or topic_question(row["topic"]) for row in rows]
+            questions = [row_question(row["topic"], row["prompt"]) for row in rows]
             prompts = [processor.critique_prompt(question) for question in questions]
             inputs = self._prepare_inputs(processor(images=images, text=prompts, padding=True, return_tensors="pt"))
             with self.compute_loss_context_manager():
@@ -441,13 +441,16 @@ def check_arguments(args: ScriptArguments):
         )
 
 
-def questions_asked_alike(rows: datasets.Dataset, processor: ASEProcessor) -> list[str]:
-    """Different questions of the rows that a chat template puts in the same words; empty where it tells them apart."""
-    asked = {prompt or topic_question(topic) for topic, prompt in zip(rows["topic"], rows["prompt"])}
-    groups = {}
-    for question in sorted(asked):
-        groups.setdefault(processor.critique_prompt(question), []).append(question)
-    return max(groups.values(), key=len, default=[]) if len(groups) < len(asked) else []
+def warn_of_lost_questions(rows: datasets.Dataset, prompts: datasets.Dataset, model: str):
+    """Says when the prompts made of rows have fewer wordings than the rows have questions: the chat template drops words."""
+    asked, wordings = set(map(row_question, rows["topic"], rows["prompt"])), prompts.unique("prompt")
+    if len(wordings) < len(asked):
+        print(
+            f"WARNING: the chat template of {model} asks {len(asked)} different questions of the data in {len(wordings)} "
+            f"wording{'s' * (len(wordings) > 1)}: the model cannot tell which one it is to answer. Give the tokenizer another "
+            "chat template, or train on one kind of text.",
+            file=sys.stderr,
+        )
 
 
 def scored_topics(rows: datasets.Dataset) -> list[str]:
@@ -484,15 +487,9 @@ def main():
             args.aspect_names = scored_topics(train)
         if args.aspect_names is not None:
             processor.aspect_names = args.aspect_names
-        alike = questions_asked_alike(train, processor)
-        if alike and training_args.process_index == 0:
-            print(
-                f"WARNING: the chat template of {args.model} asks {len(alike)} different questions of the data in the same "
-                f"words ({alike[0]!r}, {alike[1]!r}, ...): the model cannot tell which one it is to answer. Give the "
-                "tokenizer another chat template, or train on one kind of text.",
-                file=sys.stderr,
-            )
         train_rows, validation_rows = (training_rows(part, processor) for part in (train, validation))
+        if training_args.process_index == 0:
+            warn_of_lost_questions(train, train_rows, args.model)
         photographs = validation.filter(len, input_columns="captions")
         if len(photographs) > args.eval_photographs:
             photographs = photographs.shuffle(training_args.seed).select(range(args.eval_photographs))

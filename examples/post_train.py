@@ -30,7 +30,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from aic_data import load, topic_question
+from aic_data import load, row_question
 from common import topics_of, words
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser, PreTrainedModel
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
@@ -145,7 +145,7 @@ def choose_rewards(args: ScriptArguments, processor: Any) -> tuple[list[Callable
 
 
 def question_of(topic: str | None, prompt: str | None) -> list[dict[str, str]]:
-    return [{"role": "user", "content": prompt or topic_question(topic)}]
+    return [{"role": "user", "content": row_question(topic, prompt)}]
 
 
 def grpo_rows(data: str) -> datasets.Dataset:

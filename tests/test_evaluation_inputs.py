@@ -169,5 +169,5 @@ def test_models_are_asked_the_rows_own_questions(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate_captions, "caption_batch", remember)
     arguments = ["--references", references, "--out", tmp_path / "out", "--prompt", "help ?"]
     assert run(tmp_path / "llava", *arguments) == 0
-    assert seen == ["what is good ?", evaluate_captions.topic_question("light"), "help ?"]
+    assert seen == ["what is good ?", evaluate_captions.row_question("light"), "help ?"]
     assert not any("measured by" in note for note in figures(tmp_path / "out")["report"]["notes"])

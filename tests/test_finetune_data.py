@@ -139,7 +139,7 @@ def test_samples_are_of_different_photographs_and_answer_their_own_questions(che
     names = sorted(path.stem for path in (out / "samples" / "step-000001").glob("*.jpg"))
     assert names == ["000-1", "003-2"]
     assert [line["prompt"] for line in captions(out, 1)] == asked * 2
-    general = finetune.topic_question(None)
+    general = finetune.row_question(None)
     assert prompts[-7:-1] == [*asked[:2], general] * 2 and drawn == [*asked[:2], general, asked[0]]
 
 

@@ -210,7 +210,7 @@ def check_critiques(out: Path, images: Path, step: int):
     lines = captions(out, step)
     assert [line["aspect"] for line in lines] == ["general_impression", "focus"] * 2
     for line in lines:
-        photo, question = Image.open(images / f"{line['image_id']}.jpg"), aic_data.topic_question(line["aspect"])
+        photo, question = Image.open(images / f"{line['image_id']}.jpg"), aic_data.row_question(line["aspect"])
         (answer,) = critique(model, processor, [photo], [(8, 8)], [question], max_new_tokens=4)
         assert line["caption"] and line["caption"] == answer["caption"]
 
