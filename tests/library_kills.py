@@ -8,24 +8,24 @@ grow with the number of photographs. It takes minutes, so it is no test of the s
 
 import argparse
 import random
-import sqlite3
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import closing
 from pathlib import Path
 
 import numpy as np
-from conftest import tiny_processor
+import psutil
 from finetuning import write_checkpoint
+from library_file import LibraryError, reading
 from PIL import Image
 
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "caption_photos.py"
 
 
-def write_photographs(folder: Path, number: int):
+def write_noise(folder: Path, number: int):
     """Pictures of noise, no two alike, a thousand in a folder."""
     rng = np.random.default_rng(0)
     for i in range(number):
@@ -35,22 +35,19 @@ def write_photographs(folder: Path, number: int):
 
 
 def count_results(library: Path) -> int:
-    if not library.exists():
-        return 0
-    with closing(sqlite3.connect(f"{library.absolute().as_uri()}?mode=ro", uri=True)) as opened:
-        try:
+    try:
+        with reading(library) as opened:
             return opened.execute("SELECT count(*) FROM result").fetchone()[0]
-        except sqlite3.OperationalError:  # killed before it had tables
-            return 0
+    except LibraryError:  # killed before there was one
+        return 0
 
 
 def memory(process: int) -> int:
     """Resident, in whole MiB; 0 when it has ended."""
     try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    except FileNotFoundError:
+        return psutil.Process(process).memory_info().rss // 2**20
+    except psutil.Error:
         return 0
-    return next((int(line.split()[1]) // 1024 for line in lines if line.startswith("VmRSS")), 0)
 
 
 def run(command: list[str], kill_at: int | None, library: Path, log: Path) -> dict[str, float]:
@@ -80,17 +77,14 @@ def run(command: list[str], kill_at: int | None, library: Path, log: Path) -> di
 
 
 def check(library: Path, number: int):
-    with closing(sqlite3.connect(library)) as opened:
-        ask = lambda query: opened.execute(query).fetchone()[0]  # noqa: E731
-        found = {
-            "files": ask("SELECT count(*) FROM file WHERE error IS NULL"),
-            "results": ask("SELECT count(*) FROM result WHERE error IS NULL"),
-            "photographs with a result": ask(
-                "SELECT count(DISTINCT file.path) FROM file JOIN result USING (sha256) WHERE caption IS NOT NULL"
-            ),
-        }
-        assert found == dict.fromkeys(found, number), f"{number} photographs, but {found}"
-        assert ask("PRAGMA integrity_check") == "ok"
+    counts = """
+        SELECT (SELECT count(*) FROM file WHERE error IS NULL), (SELECT count(*) FROM result WHERE error IS NULL),
+            (SELECT count(DISTINCT path) FROM file JOIN result USING (sha256) WHERE caption IS NOT NULL)
+    """
+    with reading(library) as opened:
+        files, results, described = opened.execute(counts).fetchone()
+        assert files == results == described == number, f"{number} photographs, but {files=}, {results=}, {described=}"
+        assert opened.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
 
 
 def main():
@@ -104,20 +98,17 @@ def main():
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         model, photos, out = write_checkpoint(folder / "model"), folder / "photographs", folder / "captions"
-        tiny_processor().save_pretrained(model)
-        write_photographs(photos, args.photographs)
+        write_noise(photos, args.photographs)
         options = ["--model", model, "--out", out, "--max-new-tokens", "8", "--batch-size", "16"]
         command = [sys.executable, *map(str, [SCRIPT, photos, *options])]
-        library, log, lines = out / "library.sqlite", folder / "log", []
+        log, lines = folder / "log", []
         moments = sorted(generator.sample(range(1, args.photographs * 9 // 10), args.kills))
-        for number, moment in enumerate([*moments, None, None], 1):
-            one = run(command, moment, library, log)
-            assert one["status"] == (-9 if moment is not None else 0), log.read_text()[-2000:]
-            if number <= args.kills:
-                name = f"{number}, killed"
-            else:
-                check(library, args.photographs)
-                name = "to the end" if number == args.kills + 1 else "once more, nothing to do"
+        runs = {f"{number}, killed": moment for number, moment in enumerate(moments, 1)}
+        for name, moment in {**runs, "to the end": None, "once more, nothing to do": None}.items():
+            one = run(command, moment, out, log)
+            assert one["status"] == (0 if moment is None else -signal.SIGKILL), log.read_text()[-2000:]
+            if moment is None:
+                check(out, args.photographs)
             grown = f"{one['early'] or '-'} / {one['late']}" if one["late"] else "-"
             lines.append(f"| {name} | {one['results']:,} | {one['seconds']:.0f} | {grown} |")
             print(lines[-1], flush=True)

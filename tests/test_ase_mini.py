@@ -161,6 +161,15 @@ def test_a_text_learns_the_verdict_that_it_is_given(lesson):
     assert lesson.verdict.weight.grad.abs().sum() > 0 and model.model.iasm.queries.grad is None
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_stage_computes_in_bfloat16_where_it_is_told(lesson, bf16, tmp_path):
+    seen = []
+    lesson[1].verdict.register_forward_pre_hook(lambda module, args: seen.append(torch.is_autocast_enabled("cpu")))
+    args = SimpleNamespace(work=tmp_path, samples=4, batch_size=2, minutes=1, seed=0, bf16=bf16)
+    train_ase_mini.train_stage("whole", lesson[1], args)
+    assert seen == [bf16] * 2
+
+
 def test_batches_are_of_texts_of_a_length_and_hold_each_row_as_often():
     lengths = torch.arange(1000) % 97
     batches = train_ase_mini.draw_batches(lengths, 250, 8, seed=0)

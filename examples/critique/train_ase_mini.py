@@ -593,7 +593,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--samples", type=int, help="samples seen in each stage (default: as the bundled model)")
     parser.add_argument("--minutes", type=float, default=1e6, help="at most, of each stage")
     parser.add_argument("--batch-size", type=int, help="(default: as the bundled model)")
-    parser.add_argument("--bf16", action="store_true", help="on a CPU too: a quarter faster where it has AMX")
+    parser.add_argument("--bf16", action="store_true", help="on a CPU too: faster where it has AMX")
     parser.add_argument("--workers", type=int, default=2, help="processes that make pictures and critiques")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sources", type=Path, help="folder with the photographs and cut-outs")
