@@ -3,18 +3,20 @@
 import argparse
 import json
 import os
+import random
 import shutil
 import sys
 
 import critique_benchmark as benchmark
 import critique_tables
 import pytest
+import token_benchmark as tokens
 import torch
 from critique_captions import FAULTS
 from PIL import Image
 from transformers import Dinov2Config, Dinov2Model
 
-from ase_mllm import ASEDataCollator, ASEForConditionalGeneration
+from ase_mllm import ASEDataCollator, ASEForConditionalGeneration, image_tokens
 
 
 pytestmark = pytest.mark.slow
@@ -395,3 +397,94 @@ def test_a_longer_base_sees_twice_as_many_samples(args, tmp_path, monkeypatch):
     for arm in ("layer-8", "longer"):
         benchmark.see(arm, 0, given, make_processor())
     assert seen == [(0, 8), (8, 4), (0, 16), (16, 8)]
+
+
+# What a budget of image tokens costs ---------------------------------------------------------------------------------
+
+
+def test_pooled_tokens_are_the_means_of_their_blocks():
+    features = torch.randn(2, 36, 5)
+    projector = torch.nn.Identity()
+    hooked = tokens.PooledFeatures(projector, (2, 2))
+    pooled = projector(features)
+    hooked.handle.remove()
+    chosen = tokens.choose_blocks(features, torch.ones(2, 36), 9)
+    assert torch.equal(chosen[0], chosen[1]) and len(set(chosen[0].tolist())) == 9
+    blocks = features.view(2, 3, 2, 3, 2, 5).mean((2, 4)).flatten(1, 2)
+    torch.testing.assert_close(pooled[:, chosen[0]], blocks)
+    assert torch.equal(projector(features), features)
+    assert [tokens.choose_blocks(features, torch.ones(1, 36), n).shape[1] for n in (18, 9, 4)] == [18, 9, 4]
+
+
+def test_the_class_tokens_attention_is_that_of_the_encoder(args):
+    encoder = Dinov2Model.from_pretrained(args.encoder, attn_implementation="eager").eval()
+    hooked = tokens.ClassAttention(encoder.encoder.layer[-1])
+    with torch.inference_mode():
+        seen = encoder(torch.randn(2, 3, 168, 168), output_attentions=True).attentions[-1]
+        chosen = hooked.choose(None, torch.ones(2, 36), 7)
+    weights = seen[:, :, 0, 1:].mean(1).view(2, 6, 2, 6, 2).mean((2, 4)).flatten(1)
+    assert torch.equal(chosen, weights.topk(7, dim=1).indices)
+
+
+def test_a_choice_without_saliency_does_not_look_at_it():
+    features, quality = torch.randn(3, 36, 16), torch.rand(3, 36) + 0.1
+    chosen = tokens.choose_unweighted(features, quality, 9)
+    assert torch.equal(chosen, tokens.choose_unweighted(features, quality.flip(1), 9))
+    assert not torch.equal(chosen, image_tokens._SELECT["diverse"](features, quality**8, 9))
+
+
+def test_resampled_points_are_accuracies_of_the_pictures_drawn(args):
+    judge = tokens.Judge(benchmark.Pictures(args.work, "train"))
+    captions = benchmark.Pictures(args.work, "train").captions()[:24] + ["Nothing is wrong."] * 8
+    points = judge.points(captions)
+    named = [benchmark.named_faults(caption) for caption in captions]
+
+    def points_of(rows: list[int]) -> dict[str, float]:
+        found = benchmark.accuracies(
+            [named[i] for i in rows], [judge.truths[i] for i in rows], [judge.composite[i] for i in rows]
+        )
+        return {name: 100 * sum(found[one] for one in group) / len(group) for name, group in tokens.FIGURES.items()}
+
+    assert {name: one[0] for name, one in points.items()} == pytest.approx(points_of(range(32)), nan_ok=True)
+    drawn = [i for i, times in enumerate(judge.weights[5].tolist()) for _ in range(int(times))]
+    assert len(drawn) == 32 and {name: one[5] for name, one in points.items()} == pytest.approx(
+        points_of(drawn), nan_ok=True
+    )
+
+
+def test_budgets_are_drawn_for_each_batch(args):
+    learner = learner_of("ase", args)
+    given, forward = [], learner.mllm.forward
+    learner.mllm.forward = lambda **inputs: given.append(inputs["image_token_budget"]) or forward(**inputs)
+    batch = batch_of(args)
+    for budgets in (None, random.Random(0)):
+        lesson = tokens.CaptionLesson(learner, budgets)
+        for _ in range(2):
+            lesson(**batch)["loss"].backward()
+    assert given[:2] == [None, None] and given[2] != given[3] and all(0.11 <= one <= 1 for one in given[2:])
+
+
+def test_the_cost_of_budgets_is_measured_small(args, tmp_path, monkeypatch, critique_sources, capsys):
+    work, record = tmp_path / "work", tmp_path / "TOKENS.md"
+    command = ["x", "--encoder", str(args.encoder), "--work", str(work)]
+    with pytest.raises(SystemExit):
+        tokens.main([*command[1:], "--seeds", "0"])
+    assert "settings.json is not there" in capsys.readouterr().err
+    monkeypatch.setattr(benchmark, "load_sources", lambda split, directory: critique_sources[split])
+    made = "--arms ase --seeds 0 --pictures 32 --test-pictures 4 --warm-up 8 --vision-samples 4 --samples 0 --batch-size 4"
+    monkeypatch.setattr(sys, "argv", [*command, *made.split(), "--jobs", "1", "--workers", "1", "--train-encoder"])
+    benchmark.main()
+    write = tokens.write_captions
+    shorter = lambda *args, max_new_tokens, **options: write(*args, max_new_tokens=3, **options)  # noqa: E731
+    monkeypatch.setattr(tokens, "write_captions", shorter)
+    arguments = [*command[1:], "--seeds", "0", "--samples", "8", "--jobs", "1", "--record", str(record)]
+    tokens.main(arguments)
+    text = record.read_text()
+    assert "| all |" in text and "| 50%, attention |" in text and "| 11%, smaller picture |" in text
+    assert "50%, smaller picture" not in text and "trained along above its layer 6" in text
+    figures = json.loads(record.with_suffix(".json").read_text())
+    assert list(figures) == ["all tokens, seed 0", "within budgets, seed 0"]
+    assert len(figures["within budgets, seed 0"]) == 1 + 3 * len(tokens.SELECTIONS) - 1
+    monkeypatch.setattr(tokens, "train", lambda *args: pytest.fail("trained again"))
+    tokens.main(arguments)
+    assert record.read_text() == text

@@ -39,16 +39,26 @@ def accuracies(named: list[set[str]], truths: list[dict[str, float]], composite:
 
     Only pictures of which the truth is known count; for placement and depth, composites.
     """
-    aspects = {**ASPECT_FAULTS, "subject sharpness": ("subject_blurred",)}
     result = {}
-    for aspect, faults in aspects.items():
-        hits = {}
-        for said, truth, pasted in zip(named, truths, composite):
+    for aspect, (states, hits) in hits_of(named, truths, composite).items():
+        recalls = [hits[states == state].mean() for state in range(states.max(initial=-1) + 1)]
+        result[aspect] = float(np.mean(recalls)) if recalls else float("nan")
+    return result
+
+
+def hits_of(
+    named: list[set[str]], truths: list[dict[str, float]], composite: list[bool]
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Of each aspect, the number of the state that each picture is in (-1: does not count), and whether just that is said."""
+    result = {}
+    for aspect, faults in {**ASPECT_FAULTS, "subject sharpness": ("subject_blurred",)}.items():
+        numbers, states, hits = {}, [], []
+        for said, truth, pasted in zip(named, truths, composite, strict=True):
+            present = frozenset(fault for fault in faults if truth[fault] == 1)
             known = all(truth[fault] >= 0 for fault in faults) and (pasted or aspect not in PLACED)
-            if known:
-                present = frozenset(fault for fault in faults if truth[fault] == 1)
-                hits.setdefault(present, []).append(present == said & set(faults))
-        result[aspect] = float(np.mean([np.mean(values) for values in hits.values()])) if hits else float("nan")
+            states.append(numbers.setdefault(present, len(numbers)) if known else -1)
+            hits.append(present == said & set(faults))
+        result[aspect] = np.array(states), np.array(hits)
     return result
 
 

@@ -1,150 +1,317 @@
-"""
-What a budget of image tokens costs in quality: the same critic with all tokens, and with a share of them.
+r"""
+What a budget of image tokens costs in quality, trained within it or not, and which tokens are best kept.
 
-    python examples/critique/token_benchmark.py --record examples/ase-mini/TOKENS.md      # some minutes on a CPU
-    python examples/critique/token_benchmark.py --train 8000 --record runs/TOKENS-trained.md     # and half an hour before it
+    python examples/critique/critique_benchmark.py --encoder runs/dinov2-small --arms ase --train-encoder --work runs/trained
+    python examples/critique/token_benchmark.py --encoder runs/dinov2-small --work runs/trained \
+        --record examples/ase-mini/TOKENS.md                                                   # an hour on two cores
 
-With `--train` the critic first learns from so many more captions, with all tokens ("all" and the rows below) or, for the
-rows that say so, within a budget drawn for each batch. Held-out pictures of the critique generator, one set for all rows. `diverse`, `uniform` and `saliency` are the model's own
-selections; `random` chooses any, the control for all three. `recall`: macro recall of faults by what captions say,
-without level and placement; `placement`: share of composites whose placement is named. Differences to all tokens are
-those of the same pictures, with the standard error of their mean.
+Goes on from what `critique_benchmark.py` keeps in its `--work` of the arm `ase`: its module and encoder have learned without
+captions. Now captions are learned twice from there, from the same pictures: with all image tokens, and within a budget
+drawn for each batch, from the smallest that is measured to all, chosen as the model chooses by default. Both then write
+captions of the same held-out pictures within each budget, with tokens chosen in different ways:
+
+    diverse, uniform, saliency     the model's own selections
+    unweighted                     `diverse` without saliency: features that differ, and nothing else
+    random                         any of them
+    attention                      those that the class token of the encoder's last layer attends to most
+    pooled                         none is dropped: the mean of each block of neighbours
+    smaller picture                none is dropped: a picture of as many fewer pixels for the encoder
+
+Figures are balanced accuracy of what captions say, in points (`critique_tables.py`), mean ± standard deviation over seeds.
+Differences are those of the same pictures, seeds and training, with the interval of 95 of 100 resamplings of the pictures.
 """
 
 import argparse
 import json
 import random
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from critique_captions import ASPECT_FAULTS, named_faults
-from critique_data import critique_dataset, load_sources
-from evaluate_ase_mini import APART, BUNDLE, caption_set
-from train_ase_mini import make_optimizer
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    PreTrainedModel,
-    Trainer,
-    TrainingArguments,
-    logging,
-    set_seed,
+import torch.nn.functional as F
+from critique_benchmark import (
+    BUNDLE,
+    IMAGE_SIZE,
+    MERGED,
+    TESTED,
+    Collator,
+    Learner,
+    Pictures,
+    base_checksum,
+    be_quiet,
+    device,
+    in_processes,
+    load_tower,
+    make_processor,
+    prompt_tokens,
+    see,
+    train,
 )
+from critique_captions import FAULTS, named_faults
+from critique_tables import GROUPS, READ, hits_of, spread, table
+from torch import nn
+from transformers import set_seed
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from ase_mllm import ASEDataCollator, image_tokens
+from common import write_captions
+
+from ase_mllm import ASEProcessor, image_tokens
 
 
 BUDGETS = (0.5, 0.25, 0.11)
-SELECTIONS = ("diverse", "uniform", "saliency", "random")
+SELECTIONS = ("diverse", "unweighted", "uniform", "saliency", "random", "attention", "pooled", "smaller picture")
+TRAININGS = ("all tokens", "within budgets")
+SIDE = IMAGE_SIZE // 14 // MERGED  # of the grid of image tokens
+BLOCKS = {0.5: (1, 2), 0.25: (2, 2), 0.11: (3, 3)}  # of tokens that `pooled` makes one
+SMALLER = {0.25: SIDE // 2, 0.11: SIDE // 3}  # sides of the grid that a smaller picture has; half of it is no square
+RESAMPLED = 2000
+FIGURES = {"all": GROUPS["all"], "placed": GROUPS["placed"], "placement": ("placement",)}
+
+
+# Ways to choose ------------------------------------------------------------------------------------------------------
+
+
+def choose_unweighted(features: torch.Tensor, quality: torch.Tensor, number: int) -> torch.Tensor:
+    return image_tokens._SELECT["diverse"](features, torch.ones_like(quality), number)
 
 
 def choose_randomly(features: torch.Tensor, quality: torch.Tensor, number: int) -> torch.Tensor:
-    return torch.rand(quality.shape).topk(number, dim=1).indices
+    return torch.rand(quality.shape, device=quality.device).topk(number, dim=1).indices
 
 
-class BudgetTrainer(Trainer):
-    """Draws a budget for each batch, from the smallest that is measured to all tokens."""
-
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        if model.training:
-            inputs = {**inputs, "image_token_budget": random.Random(self.state.global_step).uniform(min(BUDGETS), 1)}
-        return super().compute_loss(model, inputs, *args, **kwargs)
+def choose_blocks(features: torch.Tensor, quality: torch.Tensor, number: int) -> torch.Tensor:
+    """One place of each block; with `PooledFeatures` each holds the mean of its block."""
+    height, width = next(block for block in BLOCKS.values() if SIDE**2 // (block[0] * block[1]) == number)
+    places = torch.arange(SIDE**2, device=quality.device).view(SIDE, SIDE)[height // 2 :: height, width // 2 :: width]
+    return places.flatten().expand(len(quality), -1)
 
 
-def train(kind: type[Trainer], model: PreTrainedModel, processor: Any, args: argparse.Namespace):
-    """More of the bundled model's last stage: captions, with the saliency module as it is."""
-    model.requires_grad_(True)
-    model.model.iasm.requires_grad_(False)
-    sources = load_sources("train", args.sources)
-    rows = critique_dataset("train", args.train, seed=11, sources=sources, strength=(1.0, 1.6), composite_share=0.6)
-    arguments = TrainingArguments(
-        output_dir="runs/token-benchmark",
-        use_cpu=not torch.cuda.is_available(),
-        num_train_epochs=1,
-        per_device_train_batch_size=16,
-        lr_scheduler_type="cosine",
-        save_strategy="no",
-        remove_unused_columns=False,
-        label_names=["labels"],
-        report_to="none",
-        disable_tqdm=True,
-        seed=args.seed,
-    )
-    optimizer = make_optimizer(model, 3e-4, gates=10, iasm=0.5)
-    collator = ASEDataCollator(processor)
-    kind(model, arguments, train_dataset=rows, data_collator=collator, optimizers=(optimizer, None)).train()
-    model.eval()
+class ClassAttention:
+    """Chooses what the class token attends to in the encoder's last layer, the mean of its heads."""
+
+    def __init__(self, layer: nn.Module):
+        self.layer = layer
+        self.handle = layer.register_forward_pre_hook(self.listen, with_kwargs=True)
+
+    def listen(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]):
+        self.states = args[0] if args else kwargs["hidden_states"]
+
+    def choose(self, features: torch.Tensor, quality: torch.Tensor, number: int) -> torch.Tensor:
+        states, attention = self.layer.norm1(self.states), self.layer.attention
+        query, keys = (
+            one.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
+            for one in (attention.q_proj(states[:, :1]), attention.k_proj(states))
+        )
+        weights = (query @ keys.transpose(-1, -2) * attention.scaling).softmax(-1)[:, :, 0, 1:].mean(1)
+        tokens = F.avg_pool2d(weights.unflatten(1, (SIDE * MERGED, -1)), MERGED).flatten(1)
+        return tokens.topk(number, dim=1).indices
 
 
-def figures_of(found: dict[str, list]) -> dict[str, np.ndarray]:
-    """Of each picture, the share of its faults that is named, and whether its placement is; nan where there is none."""
-    rows = []
-    for caption, labels, composite in zip(found["caption"], found["labels"], found["composite"]):
-        named = named_faults(caption)
-        faults = [f for aspect, names in ASPECT_FAULTS.items() if aspect not in APART for f in names if labels[f] == 1]
-        placed = [f for f in ASPECT_FAULTS["placement"] if labels[f] == 1] if composite else []
-        shares = ([fault in named for fault in one] for one in (faults, placed))
-        rows.append([np.mean(share) if share else np.nan for share in shares])
-    recall, placement = np.array(rows).T
-    return {"recall": recall, "placement": placement}
+class PooledFeatures:
+    """Puts in the place of each image token the mean of its block of neighbours."""
+
+    def __init__(self, projector: nn.Module, block: tuple[int, int]):
+        self.block = block
+        self.handle = projector.register_forward_hook(self.pool)
+
+    def pool(self, projector: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        grid = output.transpose(1, 2).unflatten(2, (SIDE, SIDE))
+        height, width = self.block
+        means = F.avg_pool2d(grid, self.block)
+        means = means.repeat_interleave(height, dim=2).repeat_interleave(width, dim=3)
+        return means.flatten(2).transpose(1, 2)
 
 
-def as_markdown(results: dict[str, dict[str, np.ndarray]], about: str) -> str:
-    lines = [about, "", "| tokens | recall | less than all | placement | less than all |", "|---|---|---|---|---|"]
-    whole = results["all"]
-    for name, figures in results.items():
-        cells = []
-        for figure, values in figures.items():
-            difference = values - whole[figure]
-            known = difference[~np.isnan(difference)]
-            error = known.std(ddof=1) / len(known) ** 0.5
-            cells += [f"{np.nanmean(values):.3f}", "-" if name == "all" else f"{-known.mean():.3f} ± {error:.3f}"]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+image_tokens._SELECT |= {"unweighted": choose_unweighted, "random": choose_randomly, "pooled": choose_blocks}
+
+
+# Runs ----------------------------------------------------------------------------------------------------------------
+
+
+class CaptionLesson(nn.Module):
+    """Captions and the module's own targets, with all image tokens or within another budget in each batch."""
+
+    def __init__(self, learner: Learner, budgets: random.Random | None):
+        super().__init__()
+        self.mllm, self.kept, self.budgets = learner.mllm, learner.kept, budgets
+
+    def forward(self, rows: torch.Tensor, **inputs: Any) -> dict[str, Any]:
+        self.kept.choose(rows)
+        budget = None if self.budgets is None else self.budgets.uniform(min(BUDGETS), 1)
+        return {"loss": self.mllm(**inputs, image_token_budget=budget).loss}
+
+
+def run(args: argparse.Namespace, of: tuple[int, str]) -> dict[str, list[str]]:
+    """The captions of the test's pictures that each way of choosing leads to, after one training from one seed."""
+    (seed, training), path = of, args.work / "tokens-{}-{}-{}.json".format(args.samples, *of).replace(" ", "-")
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    be_quiet()
+    set_seed(seed)
+    processor = make_processor(args.language_model)
+    learner, _ = see("ase", seed, args, processor)
+    pictures = Pictures(args.work, "train", args.samples, args.warm_up + args.vision_samples)
+    learner.kept.open("train")
+    lesson = CaptionLesson(learner, random.Random(seed) if training == "within budgets" else None)
+    train(lesson, pictures, Collator(pictures, processor), seed, args)
+    learner.eval()
+    test = Pictures(args.work, "test", args.test_pictures)
+    captions = {"all": write(learner, test, processor, args)}
+    for budget in BUDGETS:
+        for selection in args.selections:
+            if selection != "smaller picture" or budget in SMALLER:
+                captions[f"{budget:.0%}, {selection}"] = write(learner, test, processor, args, budget, selection)
+    path.write_text(json.dumps(captions, indent=1), encoding="utf-8")
+    print(*of, {name: np.mean([len(one) for one in said]) for name, said in captions.items()}, flush=True)
+    return captions
+
+
+@torch.inference_mode()
+def write(
+    learner: Learner,
+    pictures: Pictures,
+    processor: ASEProcessor,
+    args: argparse.Namespace,
+    budget: float | None = None,
+    selection: str = "diverse",
+) -> list[str]:
+    """Captions of all pictures, within the budget, whose tokens are chosen this way."""
+    torch.manual_seed(0)  # of a random choice
+    model, base, prompt = learner.mllm, learner.mllm.model.mllm.model, prompt_tokens(processor)
+    collator, states, captions, hooked = Collator(pictures, processor, captions=False), None, [], None
+    learner.kept.open("test")
+    if selection == "pooled":
+        hooked = PooledFeatures(base.multi_modal_projector, BLOCKS[budget])
+    elif selection == "attention":
+        hooked = ClassAttention(base.vision_tower.encoder.layer[-1])
+        image_tokens._SELECT["attention"] = hooked.choose
+    elif selection == "smaller picture":
+        side, states, budget = SMALLER[budget], load_tower(args.encoder, READ).eval().to(device()), None
+        is_image = prompt == processor.image_token_id
+        prompt = torch.cat([prompt[is_image][: side**2], prompt[~is_image]])
+    model.config.image_token_selection = selection if budget else "diverse"
+    for rows in torch.arange(len(pictures)).split(TESTED):
+        pixels = collator(rows.tolist())["pixel_values"]
+        learner.kept.choose(rows)
+        if states is not None:
+            pixels = F.interpolate(pixels, size=side * MERGED * 14, mode="bicubic", antialias=True)
+            learner.kept.current = states(pixels, output_hidden_states=True).hidden_states[READ]
+        prompts = prompt.to(device()).expand(len(rows), -1)
+        inputs = {"input_ids": prompts, "attention_mask": torch.ones_like(prompts), "pixel_values": pixels}
+        captions += write_captions(model, processor, inputs, max_new_tokens=90, image_token_budget=budget)[0]
+    if hooked is not None:
+        hooked.handle.remove()
+    return captions
+
+
+# Figures -------------------------------------------------------------------------------------------------------------
+
+
+class Judge:
+    """Balanced accuracies of captions of one set of pictures, on all of them and on resamplings."""
+
+    def __init__(self, pictures: Pictures):
+        labels, self.composite = (pictures.columns[name].tolist() for name in ("aspect_labels", "composite"))
+        self.truths = [dict(zip(FAULTS, one)) for one in labels[: len(pictures)]]
+        self.composite = self.composite[: len(pictures)]
+        drawn = np.random.default_rng(0).integers(0, len(pictures), (RESAMPLED, len(pictures)))
+        weights = np.stack([np.bincount(rows, minlength=len(pictures)) for rows in drawn])
+        self.weights = np.concatenate([np.ones((1, len(pictures))), weights])
+
+    def points(self, captions: list[str]) -> dict[str, np.ndarray]:
+        """For each of `FIGURES`, points on all pictures, then on each resampling."""
+        named = [named_faults(caption) for caption in captions]
+        aspects = {}
+        for aspect, (states, hits) in hits_of(named, self.truths, self.composite).items():
+            is_in = states[:, None] == np.arange(states.max(initial=-1) + 1)
+            with np.errstate(invalid="ignore"):  # a state that a resampling has not drawn
+                recalls = (self.weights @ (is_in & hits[:, None])) / (self.weights @ is_in)
+            aspects[aspect] = 100 * np.nanmean(recalls, axis=1)
+        return {name: np.mean([aspects[one] for one in group], axis=0) for name, group in FIGURES.items()}
+
+
+def as_markdown(said: dict[tuple[int, str], dict[str, list[str]]], judge: Judge, about: str) -> tuple[str, dict]:
+    """The tables, and the points behind them by training, seed, way and figure."""
+    seeds = sorted({seed for seed, _ in said})
+    points = {of: {way: judge.points(captions) for way, captions in one.items()} for of, one in said.items()}
+    ways = list(next(iter(points.values())))
+
+    def over_seeds(training: str, way: str, figure: str) -> np.ndarray:
+        return np.array([points[seed, training][way][figure] for seed in seeds])
+
+    def difference(training: str, way: str, other: str, figure: str) -> str:
+        resampled = (over_seeds(training, way, figure) - over_seeds(training, other, figure)).mean(0)
+        low, high = np.quantile(resampled[1:], [0.025, 0.975])
+        return f"{resampled[0]:+.1f} [{low:.1f}, {high:.1f}]"
+
+    lines = [about]
+    columns = [f"{training}: {figure}" for training in TRAININGS for figure in FIGURES]
+    rows = [
+        (way, [spread(over_seeds(t, way, f)[:, 0].tolist(), 1) for t in TRAININGS for f in FIGURES]) for way in ways
+    ]
+    lines += table("kept", columns, rows)
+    for head, other in (("less all tokens", "all"), ("less uniform", "uniform")):
+        rows = []
+        for way in ways:
+            beside = other if other == "all" else f"{way.split(',')[0]}, {other}"
+            if way not in ("all", beside):
+                rows.append((way, [difference(t, way, beside, f) for t in TRAININGS for f in FIGURES]))
+        lines += table(head, columns, rows)
+    record = {
+        f"{training}, seed {seed}": {
+            way: {f: float(one[0]) for f, one in figures.items()} for way, figures in of.items()
+        }
+        for (seed, training), of in points.items()
+    }
+    return "\n".join(lines), record
 
 
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(BUNDLE))
-    parser.add_argument("--samples", type=int, default=400)
+    parser.add_argument(
+        "--encoder", type=Path, required=True, help="folder of a Dinov2 model, as for critique_benchmark.py"
+    )
+    parser.add_argument("--language-model", type=Path, default=BUNDLE, help="as for critique_benchmark.py")
+    parser.add_argument("--work", type=Path, required=True, help="that of critique_benchmark.py")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--samples", type=int, default=4000, help="captions to learn from")
     parser.add_argument("--selections", nargs="+", choices=SELECTIONS, default=SELECTIONS)
-    parser.add_argument("--train", type=int, default=0, help="captions to learn from first")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--sources", type=Path, help="folder with the photographs and cut-outs")
-    parser.add_argument("--record", type=Path, help="write the table here, the figures beside it as JSON")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--record", type=Path, help="write the tables here, the figures beside them as JSON")
     args = parser.parse_args(argv)
-    set_seed(args.seed)
-    logging.set_verbosity_error()
-    image_tokens._SELECT["random"] = choose_randomly
-    processor = AutoProcessor.from_pretrained(args.model)
-    rows = critique_dataset("test", args.samples, seed=args.seed, sources=load_sources("test", args.sources))
-    results = {}
-    for trainer in (Trainer, BudgetTrainer)[: 2 if args.train else 1]:
-        model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=torch.float32).eval()
-        if args.train:
-            train(trainer, model, processor, args)
-        said = ", trained within budgets" if trainer is BudgetTrainer else ""
-        results[f"all{said}"] = figures_of(caption_set(model, processor, rows, args.batch_size))
-        for budget in BUDGETS:
-            for selection in args.selections:
-                model.config.image_token_selection = selection
-                found = caption_set(model, processor, rows, args.batch_size, image_token_budget=budget)
-                results[f"{budget:.0%}, {selection}{said}"] = figures_of(found)
-    after = f" after {args.train} more captions" if args.train else ""
-    about = f"{args.samples} pictures, {Path(args.model).name}{after}; trained with all image tokens where nothing is said."
-    table = as_markdown(results, about)
-    print(table)
+    settings = args.work / "settings.json"
+    if not settings.exists():
+        parser.error(f"{settings} is not there: run the arm `ase` of critique_benchmark.py with this --work first")
+    settings = json.loads(settings.read_text(encoding="utf-8"))
+    if settings["base"] != base_checksum(args.language_model):
+        parser.error(f"{args.work} holds runs of another language model than {args.language_model}'s")
+    for name in (
+        "layer",
+        "train_encoder",
+        "warm_up",
+        "vision_samples",
+        "batch_size",
+        "learning_rate",
+        "test_pictures",
+    ):
+        setattr(args, name, settings[name])
+    runs = [(seed, training) for seed in args.seeds for training in TRAININGS]
+    said = dict(zip(runs, in_processes(partial(run, args), runs, args.jobs)))
+    trained = "trained along above" if args.train_encoder else "frozen; the module reads"
+    about = (
+        f"Seeds {', '.join(map(str, args.seeds))}; {args.samples} captions to learn from, {args.test_pictures} pictures of the "
+        f"test, {SIDE**2} image tokens. The encoder is {settings['encoder']}, {trained} its layer {READ}."
+    )
+    text, record = as_markdown(said, Judge(Pictures(args.work, "test", args.test_pictures)), about)
+    print(text)
     if args.record:
-        args.record.write_text(table + "\n", encoding="utf-8")
-        means = {name: {key: float(np.nanmean(one)) for key, one in row.items()} for name, row in results.items()}
-        args.record.with_suffix(".json").write_text(json.dumps(means, indent=1) + "\n", encoding="utf-8")
+        args.record.write_text(text + "\n", encoding="utf-8")
+        args.record.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
