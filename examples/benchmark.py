@@ -40,6 +40,10 @@ PUBLISHED = {
 DTYPES = {"mini": torch.float32, "vit-s-224": torch.float32, "clip-l-336": torch.bfloat16}
 PROMPT_TOKENS = 64
 BUDGETS = (0.5, 0.25, 0.11)  # shares of the image tokens
+UNITS = {
+    "memory": ("{:.3g} MB", 1e-6),
+    "operations": ("{:.4g} GFLOP", 1e-9),
+}  # by a row's first word; others are seconds
 MARKS = "<!-- benchmark: written by examples/benchmark.py -->", "<!-- end of benchmark -->"
 
 
@@ -188,6 +192,11 @@ def measure_budgets(models: dict, inputs: dict, repeats: int) -> dict[str, dict[
         options = {"image_token_budget": budget}
         graft = models["graft"], {**inputs["graft"], **options}
         share = f"{budget:.0%} of the image tokens"
+        counted = {
+            "base": count(base[0], **base[1], logits_to_keep=1),
+            "graft": count(graft[0], **graft[1], logits_to_keep=1),
+        }
+        results[f"operations of prefill, {share}"] = {**counted, "ratio": counted["graft"] / counted["base"]}
         results[f"prefill, {share}"] = ratio({"base": prefill(*base), "graft": prefill(*graft)}, repeats)
         decoding = {"base": decode(*base), "graft": decode(models["graft"], inputs["graft"], **options)}
         results[f"decode, {share}"] = ratio(decoding, repeats)
@@ -274,8 +283,7 @@ def render(timed: dict[str, dict], published: dict[str, dict], about: str) -> st
     for name, rows in timed.items():
         lines += [f"**{name}**", "", "| | base | with saliency | ratio |", "|---|---|---|---|"]
         for task, row in rows.items():
-            unit = "{:.3g} MB" if task.startswith("memory") else "{:.4g} s"
-            scale = 1e-6 if task.startswith("memory") else 1
+            unit, scale = UNITS.get(task.split(" ")[0], ("{:.4g} s", 1))
             cells = [unit.format(row[kind] * scale) for kind in ("base", "graft")]
             lines.append(f"| {task.replace('_', ' ')} | {cells[0]} | {cells[1]} | {row['ratio']:.3f} |")
         lines.append("")

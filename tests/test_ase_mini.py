@@ -107,9 +107,20 @@ def test_training_and_evaluation_run_small(tmp_path, monkeypatch, critique_sourc
     (out / "README.md").write_text((BUNDLE / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
     arguments = f"--model {out} --samples 4 --batch-size 2 --json {figures}"
     monkeypatch.setattr(sys, "argv", ["evaluate_ase_mini.py", *arguments.split()])
+    critique, given = evaluate_ase_mini.critique, set()
+
+    def listen(*args, **options):
+        given.add(options.get("image_token_budget"))
+        return critique(*args, **options)
+
+    monkeypatch.setattr(evaluate_ase_mini, "critique", listen)
     evaluate_ase_mini.main()
     measured = json.loads(figures.read_text())["own edits"]
     assert measured["pictures"] == 4
+    budgets = json.loads(figures.read_text())["budgets"]
+    assert (
+        list(budgets) == ["50%", "25%", "11%"] and budgets["11%"]["text"] != budgets["50%"]["text"] != measured["text"]
+    )
     card = ModelCard.load(out / "README.md")
     metrics = {result.metric_name: result.metric_value for result in card.data.eval_results}
     assert metrics["CIDEr"] == round(measured["text"]["CIDEr"], 4)

@@ -7,7 +7,8 @@ Measures the bundled model on held-out photographs and cut-outs, and writes the 
 No photograph and no cut-out was seen in training. Two sets of pictures have faults: the generator's own from the least
 strength up (`own edits`, as in training) and those of `foreign_edits.py`, by other means (`foreign edits`). What a text
 names is read from its words by `critique_captions.named_aspects`. Besides, on photographs as they were taken: what is
-said of them without cause, where the map lies, and whether the verdict stays what it is when the file is saved anew.
+said of them without cause, where the map lies, and whether the verdict stays what it is when the file is saved anew; and
+what the text still says within a budget of image tokens.
 Needs the extra `evaluation`.
 """
 
@@ -40,6 +41,7 @@ import ase_mllm  # noqa: F401  (registers the Auto classes)
 
 BUNDLE = Path(__file__).parents[1] / "ase-mini"
 PHOTOS = Path(__file__).parents[1] / "photos"
+BUDGETS = (0.5, 0.25, 0.11)  # shares of the image tokens
 APART = ("level", "placement")  # reported beside the macro average, not in it
 PROTOCOL = "five references, composed of the truth; lower-case words, no punctuation; pycocoevalcap"
 
@@ -224,6 +226,15 @@ def as_markdown(figures: dict) -> str:
         lines.append(f"| saliency {metric}, {raw['masks']} with a mask | {own:.3f} (centre bias {bias:.3f}) |")
     lines += [f"| same verdict, {name} | {share:.0%} |" for name, share in copies.items() if "muted" not in name]
     lines.append(f"| the bundled photographs in grey, called muted | {copies['monochrome called muted']:.0%} |")
+    lines += [
+        "",
+        "| image tokens, own edits | macro recall | false alarms | text says just what the labels say |",
+        "|---|---|---|---|",
+    ]
+    for share, one in {"all": sets[0], **figures["budgets"]}.items():
+        lines.append(
+            f"| {share} | {one['macro recall']:.0%} | {one['mean false alarm']:.1%} | {one['agreement']:.0%} |"
+        )
     pictures = ", ".join(f"{one['pictures']} pictures with {name}" for name, one in zip(names, sets))
     about = f"Text metrics: {PROTOCOL}. Measured on {pictures}. {figures['parameters'] / 1e6:.2f} million parameters."
     return "\n".join([*lines, "", about])
@@ -287,6 +298,12 @@ def main() -> None:
     figures = {
         name: measure_edits(caption_set(model, processor, rows, args.batch_size), centre)
         for name, rows in (("own edits", own), ("foreign edits", foreign))
+    }
+    figures["budgets"] = {
+        f"{budget:.0%}": measure_edits(
+            caption_set(model, processor, own, args.batch_size, image_token_budget=budget), centre
+        )
+        for budget in BUDGETS
     }
     figures["photographs"] = measure_photographs(model, processor, test, train, args.batch_size)
     figures["copies"] = measure_copies(model, processor, bundled, args.batch_size)
