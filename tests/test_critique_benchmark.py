@@ -297,7 +297,7 @@ def test_it_runs_small_and_does_not_run_twice(args, tmp_path, monkeypatch, criti
     kept = json.loads((tmp_path / "work" / "ase-8-1.json").read_text())
     assert len(kept["gates"]) == 3 and any(kept["gates"])
 
-    monkeypatch.setattr(benchmark, "train", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr(benchmark, "train", lambda *args, **rates: pytest.fail("trained again"))
     benchmark.main()
     assert log.read_text() == text
 
@@ -351,7 +351,7 @@ def test_a_run_that_fails_takes_no_other_with_it(jobs, monkeypatch, capsys):
 def test_what_was_trained_without_captions_is_found_again(args, tmp_path, monkeypatch):
     changed = argparse.Namespace(**{**vars(args), "warm_up": 8, "vision_samples": 4})
     first, _ = benchmark.see("ase", 7, changed, make_processor())
-    monkeypatch.setattr(benchmark, "train", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr(benchmark, "train", lambda *args, **rates: pytest.fail("trained again"))
     second, _ = benchmark.see("ase", 7, changed, make_processor())
     batch = batch_of(args)
     for learner in (first.eval(), second.eval()):
@@ -389,7 +389,7 @@ def test_a_longer_base_sees_twice_as_many_samples(args, tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "build", lambda *_: torch.nn.Linear(2, 2))
     monkeypatch.setattr(benchmark, "Pictures", lambda work, split, number=0, start=0: seen.append((start, number)))
     monkeypatch.setattr(benchmark, "Collator", lambda *_, **__: None)
-    monkeypatch.setattr(benchmark, "train", lambda *args: 0.0)
+    monkeypatch.setattr(benchmark, "train", lambda *args, **rates: 0.0)
     monkeypatch.setattr(torch.nn.Linear, "kept", argparse.Namespace(open=lambda split: None), raising=False)
     monkeypatch.setattr(torch.nn.Linear, "mllm", property(lambda self: torch.nn.Identity()), raising=False)
     monkeypatch.setattr(benchmark, "figures_of", lambda *_: {})
@@ -397,6 +397,38 @@ def test_a_longer_base_sees_twice_as_many_samples(args, tmp_path, monkeypatch):
     for arm in ("layer-8", "longer"):
         benchmark.see(arm, 0, given, make_processor())
     assert seen == [(0, 8), (8, 4), (0, 16), (16, 8)]
+
+
+@pytest.mark.parametrize(
+    "arm, train_encoder, alone", [("ase", False, True), ("ase", True, False), ("layer-8", True, False)]
+)
+def test_the_module_is_trained_alone_where_the_encoder_is_frozen(
+    arm, train_encoder, alone, args, tmp_path, monkeypatch
+):
+    changes = {"train_encoder": train_encoder, "warm_up": 8, "vision_samples": 4}
+    learner, trained = learner_of(arm, args), []
+    monkeypatch.setattr(benchmark, "build", lambda *_: learner)
+    monkeypatch.setattr(benchmark, "save_whole", lambda *_, **__: None)
+    monkeypatch.setattr(
+        benchmark, "train", lambda model, *_, iasm=0.1: trained.append((type(model).__name__, iasm)) or 0.0
+    )
+    benchmark.see(arm, 11, argparse.Namespace(**{**vars(args), **changes}), make_processor())
+    assert trained == [("ModuleAlone" if alone else "Learner", 1.0), ("Learner", 0.1)]
+
+
+def test_a_module_that_learns_with_the_rest_learns_at_the_full_rate(args, monkeypatch):
+    learner, rates = learner_of("ase", args), []
+    monkeypatch.setattr(
+        benchmark,
+        "Trainer",
+        lambda *_, optimizers, **__: (
+            rates.append({group["lr"] for group in optimizers[0].param_groups})
+            or argparse.Namespace(train=lambda: argparse.Namespace(metrics={"train_runtime": 0}))
+        ),
+    )
+    for iasm in (1.0, 0.1):
+        benchmark.train(learner, benchmark.Pictures(args.work, "train"), None, 0, args, iasm=iasm)
+    assert 1e-4 not in rates[0] and 1e-4 in rates[1] and 1e-3 in rates[0]
 
 
 # What a budget of image tokens costs ---------------------------------------------------------------------------------

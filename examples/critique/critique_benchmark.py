@@ -25,7 +25,7 @@ and so has the one reference. What a caption says is read from its words (`criti
     ase            ASE: the module reads the encoder's layer 6 beside photometry, the map is supervised
 
 The encoder is frozen, so what its lower layers give is computed once and kept. With `--train-encoder` every arm also
-trains the layers above the sixth. `--curve` repeats the last part with other numbers of captions. Tested are held-out
+trains the layers above the sixth, and a branch learns with all the rest from the first sample on. `--curve` repeats the last part with other numbers of captions. Tested are held-out
 photographs and cut-outs with the generator's faults (`test`) and with those of `foreign_edits.py` (`foreign`).
 
 Where there is a GPU, pictures, kept states and runs are on it, `--jobs` runs at once; `--workers` processes make pictures.
@@ -454,8 +454,10 @@ def build(arm: str, args: argparse.Namespace, processor: ASEProcessor) -> Learne
 # Runs ----------------------------------------------------------------------------------------------------------------
 
 
-def train(model: nn.Module, pictures: Pictures, collator: Collator, seed: int, args: argparse.Namespace) -> float:
-    """One run of the `Trainer` over all pictures; seconds that it took."""
+def train(
+    model: nn.Module, pictures: Pictures, collator: Collator, seed: int, args: argparse.Namespace, iasm: float = 0.1
+) -> float:
+    """One run of the `Trainer` over all pictures, the saliency module at this share of the rate; seconds that it took."""
     arguments = TrainingArguments(
         output_dir=str(args.work / "trainer"),
         use_cpu=not torch.cuda.is_available(),
@@ -473,7 +475,7 @@ def train(model: nn.Module, pictures: Pictures, collator: Collator, seed: int, a
         disable_tqdm=True,
         seed=seed,
     )
-    optimizer = make_optimizer(model, args.learning_rate, encoder=0.05)
+    optimizer = make_optimizer(model, args.learning_rate, iasm=iasm, encoder=0.05)
     trainer = Trainer(model, arguments, train_dataset=pictures, data_collator=collator, optimizers=(optimizer, None))
     return trainer.train().metrics["train_runtime"]
 
@@ -492,9 +494,9 @@ def see(arm: str, seed: int, args: argparse.Namespace, processor: ASEProcessor) 
         Pictures(args.work, "train", n, start) for n, start in zip(numbers.tolist(), (0, int(numbers[0])))
     )
     collator = Collator(warm_up, processor, captions=False)
-    alone = ModuleAlone(learner) if arm in GRAFTS else learner
+    alone = ModuleAlone(learner) if arm in GRAFTS and not args.train_encoder else learner
     learner.kept.open("train")
-    seconds = train(alone, warm_up, collator, seed, args)
+    seconds = train(alone, warm_up, collator, seed, args, iasm=1.0)
     seconds += train(learner, vision, collator, seed, args)
     save_whole({name: tensor.detach() for name, tensor in trained.items()}, path, seconds=str(seconds))
     return learner, seconds
