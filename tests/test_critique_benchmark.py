@@ -266,6 +266,8 @@ def test_accuracies_by_hand():
     result = benchmark.accuracies(said, truths, [True, True, False])
     assert result["placement"] == pytest.approx(0.5) and result["depth"] == pytest.approx(0.5)
     assert result["subject sharpness"] == pytest.approx(0.5)
+    nothing = benchmark.accuracies([], truths, [True] * 3)  # of arms without a module
+    assert all(value != value for value in nothing.values()) and len(nothing) == len(result)
 
 
 def test_a_head_names_one_fault_an_aspect_and_always_a_placement():

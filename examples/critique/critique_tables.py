@@ -53,12 +53,12 @@ def hits_of(
     result = {}
     for aspect, faults in {**ASPECT_FAULTS, "subject sharpness": ("subject_blurred",)}.items():
         numbers, states, hits = {}, [], []
-        for said, truth, pasted in zip(named, truths, composite, strict=True):
+        for said, truth, pasted in zip(named, truths, composite):
             present = frozenset(fault for fault in faults if truth[fault] == 1)
             known = all(truth[fault] >= 0 for fault in faults) and (pasted or aspect not in PLACED)
             states.append(numbers.setdefault(present, len(numbers)) if known else -1)
             hits.append(present == said & set(faults))
-        result[aspect] = np.array(states), np.array(hits)
+        result[aspect] = np.array(states, int), np.array(hits, bool)
     return result
 
 
