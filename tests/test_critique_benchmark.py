@@ -401,36 +401,22 @@ def test_a_longer_base_sees_twice_as_many_samples(args, tmp_path, monkeypatch):
     assert seen == [(0, 8), (8, 4), (0, 16), (16, 8)]
 
 
-@pytest.mark.parametrize(
-    "arm, train_encoder, alone", [("ase", False, True), ("ase", True, False), ("layer-8", True, False)]
-)
-def test_the_module_is_trained_alone_where_the_encoder_is_frozen(
-    arm, train_encoder, alone, args, tmp_path, monkeypatch
-):
-    changes = {"train_encoder": train_encoder, "warm_up": 8, "vision_samples": 4}
-    learner, trained = learner_of(arm, args), []
+@pytest.mark.parametrize("arm, parts", [("ase", ["ModuleAlone", "Learner", "Learner"]), ("layer-8", ["Learner"] * 2)])
+def test_a_module_learns_alone_before_all_learn_from_the_same_samples(arm, parts, args, monkeypatch):
+    learner, trained, seen = learner_of(arm, args), [], []
     monkeypatch.setattr(benchmark, "build", lambda *_: learner)
     monkeypatch.setattr(benchmark, "save_whole", lambda *_, **__: None)
-    monkeypatch.setattr(
-        benchmark, "train", lambda model, *_, iasm=0.1: trained.append((type(model).__name__, iasm)) or 0.0
-    )
-    benchmark.see(arm, 11, argparse.Namespace(**{**vars(args), **changes}), make_processor())
-    assert trained == [("ModuleAlone" if alone else "Learner", 1.0), ("Learner", 0.1)]
 
+    def listen(model, pictures, *_):
+        trained.append(type(model).__name__)
+        seen.append([pictures[i] for i in range(len(pictures))])
+        return 1.0
 
-def test_a_module_that_learns_with_the_rest_learns_at_the_full_rate(args, monkeypatch):
-    learner, rates = learner_of("ase", args), []
-    monkeypatch.setattr(
-        benchmark,
-        "Trainer",
-        lambda *_, optimizers, **__: (
-            rates.append({group["lr"] for group in optimizers[0].param_groups})
-            or argparse.Namespace(train=lambda: argparse.Namespace(metrics={"train_runtime": 0}))
-        ),
-    )
-    for iasm in (1.0, 0.1):
-        benchmark.train(learner, benchmark.Pictures(args.work, "train"), None, 0, args, iasm=iasm)
-    assert 1e-4 not in rates[0] and 1e-4 in rates[1] and 1e-3 in rates[0]
+    monkeypatch.setattr(benchmark, "train", listen)
+    changed = argparse.Namespace(**{**vars(args), "warm_up": 8, "vision_samples": 4})
+    _, seconds = benchmark.see(arm, 11, changed, make_processor())
+    assert trained == parts and seconds == len(parts)
+    assert seen[-2:] == [list(range(8)), list(range(8, 12))] and all(one == seen[-2] for one in seen[:-2])
 
 
 # What a budget of image tokens costs ---------------------------------------------------------------------------------

@@ -10,9 +10,10 @@ Does aesthetic saliency make critiques better? ASE against the same base without
 
 `convert_dinov2.py` makes the encoder. The base is an InternVL of it, of a fresh projector and of the bundled model's
 language model, which has learned to write critiques; four neighbouring patches are one of its 36 image tokens. Every arm
-sees the same pictures in the same order with the same labels, in three parts: `--warm-up` samples for the saliency module
-alone, `--vision-samples` for all but the language model, and `--samples` end to end with captions (arms without a module
-train in the first part too). In every arm aspect labels and scores also train a head on the image features that the
+sees the same pictures in the same order with the same labels: `--warm-up` and then `--vision-samples` without captions, for
+all but the language model, and `--samples` end to end with captions. A saliency module learns alone before, from the
+samples of the warm-up, as it would be trained (`finetune.py --stage module`): from the start beside all others it is left
+unused. In every arm aspect labels and scores also train a head on the image features that the
 language model reads. Captions to learn from have one fixed form (`plain_caption`), so that few of them teach what to see,
 and so has the one reference. What a caption says is read from its words (`critique_captions.named_faults`).
 
@@ -25,7 +26,7 @@ and so has the one reference. What a caption says is read from its words (`criti
     ase            ASE: the module reads the encoder's layer 6 beside photometry, the map is supervised
 
 The encoder is frozen, so what its lower layers give is computed once and kept. With `--train-encoder` every arm also
-trains the layers above the sixth, and a branch learns with all the rest from the first sample on. `--curve` repeats the last part with other numbers of captions. Tested are held-out
+trains the layers above the sixth. `--curve` repeats the last part with other numbers of captions. Tested are held-out
 photographs and cut-outs with the generator's faults (`test`) and with those of `foreign_edits.py` (`foreign`).
 
 Where there is a GPU, pictures, kept states and runs are on it, `--jobs` runs at once; `--workers` processes make pictures.
@@ -454,10 +455,8 @@ def build(arm: str, args: argparse.Namespace, processor: ASEProcessor) -> Learne
 # Runs ----------------------------------------------------------------------------------------------------------------
 
 
-def train(
-    model: nn.Module, pictures: Pictures, collator: Collator, seed: int, args: argparse.Namespace, iasm: float = 0.1
-) -> float:
-    """One run of the `Trainer` over all pictures, the saliency module at this share of the rate; seconds that it took."""
+def train(model: nn.Module, pictures: Pictures, collator: Collator, seed: int, args: argparse.Namespace) -> float:
+    """One run of the `Trainer` over all pictures; seconds that it took."""
     arguments = TrainingArguments(
         output_dir=str(args.work / "trainer"),
         use_cpu=not torch.cuda.is_available(),
@@ -475,7 +474,7 @@ def train(
         disable_tqdm=True,
         seed=seed,
     )
-    optimizer = make_optimizer(model, args.learning_rate, iasm=iasm, encoder=0.05)
+    optimizer = make_optimizer(model, args.learning_rate, encoder=0.05)
     trainer = Trainer(model, arguments, train_dataset=pictures, data_collator=collator, optimizers=(optimizer, None))
     return trainer.train().metrics["train_runtime"]
 
@@ -494,10 +493,9 @@ def see(arm: str, seed: int, args: argparse.Namespace, processor: ASEProcessor) 
         Pictures(args.work, "train", n, start) for n, start in zip(numbers.tolist(), (0, int(numbers[0])))
     )
     collator = Collator(warm_up, processor, captions=False)
-    alone = ModuleAlone(learner) if arm in GRAFTS and not args.train_encoder else learner
     learner.kept.open("train")
-    seconds = train(alone, warm_up, collator, seed, args, iasm=1.0)
-    seconds += train(learner, vision, collator, seed, args)
+    seconds = train(ModuleAlone(learner), warm_up, collator, seed, args) if arm in GRAFTS else 0.0
+    seconds += sum(train(learner, part, collator, seed, args) for part in (warm_up, vision))
     save_whole({name: tensor.detach() for name, tensor in trained.items()}, path, seconds=str(seconds))
     return learner, seconds
 
@@ -654,7 +652,9 @@ def main() -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--pictures", type=int, default=8000, help="different pictures to train on")
     parser.add_argument("--test-pictures", type=int, default=600)
-    parser.add_argument("--warm-up", type=int, default=16000, help="samples that train the saliency branch alone")
+    parser.add_argument(
+        "--warm-up", type=int, default=16000, help="samples that train the saliency module alone, then all"
+    )
     parser.add_argument("--vision-samples", type=int, default=4000, help="samples without captions after that")
     parser.add_argument("--samples", type=int, default=4000, help="samples end to end with captions after that")
     parser.add_argument("--curve", nargs="*", type=int, default=[], help="other numbers of them")
