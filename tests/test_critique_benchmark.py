@@ -508,3 +508,6 @@ def test_the_cost_of_budgets_is_measured_small(args, tmp_path, monkeypatch, crit
     monkeypatch.setattr(tokens, "train", lambda *args: pytest.fail("trained again"))
     tokens.main(arguments)
     assert record.read_text() == text
+    tokens.main([*arguments, "--trainings", "all tokens"])
+    assert list(json.loads(record.with_suffix(".json").read_text())) == ["all tokens, seed 0"]
+    assert "within budgets" not in record.read_text() and "| 50%, attention |" in record.read_text()

@@ -237,7 +237,7 @@ class Judge:
 
 def as_markdown(said: dict[tuple[int, str], dict[str, list[str]]], judge: Judge, about: str) -> tuple[str, dict]:
     """The tables, and the points behind them by training, seed, way and figure."""
-    seeds = sorted({seed for seed, _ in said})
+    seeds, trainings = sorted({seed for seed, _ in said}), [one for one in TRAININGS if any(one == t for _, t in said)]
     points = {of: {way: judge.points(captions) for way, captions in one.items()} for of, one in said.items()}
     ways = list(next(iter(points.values())))
 
@@ -250,9 +250,9 @@ def as_markdown(said: dict[tuple[int, str], dict[str, list[str]]], judge: Judge,
         return f"{resampled[0]:+.1f} [{low:.1f}, {high:.1f}]"
 
     lines = [about]
-    columns = [f"{training}: {figure}" for training in TRAININGS for figure in FIGURES]
+    columns = [f"{training}: {figure}" for training in trainings for figure in FIGURES]
     rows = [
-        (way, [spread(over_seeds(t, way, f)[:, 0].tolist(), 1) for t in TRAININGS for f in FIGURES]) for way in ways
+        (way, [spread(over_seeds(t, way, f)[:, 0].tolist(), 1) for t in trainings for f in FIGURES]) for way in ways
     ]
     lines += table("kept", columns, rows)
     for head, other in (("less all tokens", "all"), ("less uniform", "uniform")):
@@ -260,7 +260,7 @@ def as_markdown(said: dict[tuple[int, str], dict[str, list[str]]], judge: Judge,
         for way in ways:
             beside = other if other == "all" else f"{way.split(',')[0]}, {other}"
             if way not in ("all", beside):
-                rows.append((way, [difference(t, way, beside, f) for t in TRAININGS for f in FIGURES]))
+                rows.append((way, [difference(t, way, beside, f) for t in trainings for f in FIGURES]))
         lines += table(head, columns, rows)
     record = {
         f"{training}, seed {seed}": {
@@ -281,6 +281,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--samples", type=int, default=4000, help="captions to learn from")
     parser.add_argument("--selections", nargs="+", choices=SELECTIONS, default=SELECTIONS)
+    parser.add_argument("--trainings", nargs="+", choices=TRAININGS, default=TRAININGS)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--record", type=Path, help="write the tables here, the figures beside them as JSON")
     args = parser.parse_args(argv)
@@ -300,7 +301,7 @@ def main(argv: list[str] | None = None):
         "test_pictures",
     ):
         setattr(args, name, settings[name])
-    runs = [(seed, training) for seed in args.seeds for training in TRAININGS]
+    runs = [(seed, training) for seed in args.seeds for training in args.trainings]
     said = dict(zip(runs, in_processes(partial(run, args), runs, args.jobs)))
     trained = "trained along above" if args.train_encoder else "frozen; the module reads"
     about = (
