@@ -239,7 +239,7 @@ def as_markdown(said: dict[tuple[int, str], dict[str, list[str]]], judge: Judge,
     """The tables, and the points behind them by training, seed, way and figure."""
     seeds, trainings = sorted({seed for seed, _ in said}), [one for one in TRAININGS if any(one == t for _, t in said)]
     points = {of: {way: judge.points(captions) for way, captions in one.items()} for of, one in said.items()}
-    ways = list(next(iter(points.values())))
+    ways = [way for way in next(iter(points.values())) if all(way in one for one in points.values())]
 
     def over_seeds(training: str, way: str, figure: str) -> np.ndarray:
         return np.array([points[seed, training][way][figure] for seed in seeds])
