@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from common import write_between
+from common import BUDGETS, write_between
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
@@ -39,11 +39,8 @@ PUBLISHED = {
 }
 DTYPES = {"mini": torch.float32, "vit-s-224": torch.float32, "clip-l-336": torch.bfloat16}
 PROMPT_TOKENS = 64
-BUDGETS = (0.5, 0.25, 0.11)  # shares of the image tokens
-UNITS = {
-    "memory": ("{:.3g} MB", 1e-6),
-    "operations": ("{:.4g} GFLOP", 1e-9),
-}  # by a row's first word; others are seconds
+# by a row's first word; the others are seconds
+UNITS = {"memory": ("{:.3g} MB", 1e-6), "operations": ("{:.4g} GFLOP", 1e-9)}
 MARKS = "<!-- benchmark: written by examples/benchmark.py -->", "<!-- end of benchmark -->"
 
 
@@ -188,15 +185,13 @@ def cache_bytes(model: PreTrainedModel, inputs: dict[str, torch.Tensor], **optio
 def measure_budgets(models: dict, inputs: dict, repeats: int) -> dict[str, dict[str, float]]:
     """Prefill, decoding and cache within each budget of image tokens, beside the base with all of them."""
     results, base = {}, (models["base"], inputs["base"])
+    whole = count(base[0], **base[1], logits_to_keep=1)
     for budget in BUDGETS:
         options = {"image_token_budget": budget}
         graft = models["graft"], {**inputs["graft"], **options}
         share = f"{budget:.0%} of the image tokens"
-        counted = {
-            "base": count(base[0], **base[1], logits_to_keep=1),
-            "graft": count(graft[0], **graft[1], logits_to_keep=1),
-        }
-        results[f"operations of prefill, {share}"] = {**counted, "ratio": counted["graft"] / counted["base"]}
+        cut = count(graft[0], **graft[1], logits_to_keep=1)
+        results[f"operations of prefill, {share}"] = {"base": whole, "graft": cut, "ratio": cut / whole}
         results[f"prefill, {share}"] = ratio({"base": prefill(*base), "graft": prefill(*graft)}, repeats)
         decoding = {"base": decode(*base), "graft": decode(models["graft"], inputs["graft"], **options)}
         results[f"decode, {share}"] = ratio(decoding, repeats)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 
+BUDGETS = (0.5, 0.25, 0.11)  # shares of the image tokens within which models are measured
 # Stems that tell which topic a text speaks of
 TOPIC_STEMS = {
     "light": r"light|lit\b|expos|overexpos|underexpos|shadow|bright|dark|contrast|vignett",

@@ -299,7 +299,7 @@ def test_it_runs_small_and_does_not_run_twice(args, tmp_path, monkeypatch, criti
     kept = json.loads((tmp_path / "work" / "ase-8-1.json").read_text())
     assert len(kept["gates"]) == 3 and any(kept["gates"])
 
-    monkeypatch.setattr(benchmark, "train", lambda *args, **rates: pytest.fail("trained again"))
+    monkeypatch.setattr(benchmark, "train", lambda *args: pytest.fail("trained again"))
     benchmark.main()
     assert log.read_text() == text
 
@@ -353,7 +353,7 @@ def test_a_run_that_fails_takes_no_other_with_it(jobs, monkeypatch, capsys):
 def test_what_was_trained_without_captions_is_found_again(args, tmp_path, monkeypatch):
     changed = argparse.Namespace(**{**vars(args), "warm_up": 8, "vision_samples": 4})
     first, _ = benchmark.see("ase", 7, changed, make_processor())
-    monkeypatch.setattr(benchmark, "train", lambda *args, **rates: pytest.fail("trained again"))
+    monkeypatch.setattr(benchmark, "train", lambda *args: pytest.fail("trained again"))
     second, _ = benchmark.see("ase", 7, changed, make_processor())
     batch = batch_of(args)
     for learner in (first.eval(), second.eval()):
@@ -391,7 +391,7 @@ def test_a_longer_base_sees_twice_as_many_samples(args, tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "build", lambda *_: torch.nn.Linear(2, 2))
     monkeypatch.setattr(benchmark, "Pictures", lambda work, split, number=0, start=0: seen.append((start, number)))
     monkeypatch.setattr(benchmark, "Collator", lambda *_, **__: None)
-    monkeypatch.setattr(benchmark, "train", lambda *args, **rates: 0.0)
+    monkeypatch.setattr(benchmark, "train", lambda *args: 0.0)
     monkeypatch.setattr(torch.nn.Linear, "kept", argparse.Namespace(open=lambda split: None), raising=False)
     monkeypatch.setattr(torch.nn.Linear, "mllm", property(lambda self: torch.nn.Identity()), raising=False)
     monkeypatch.setattr(benchmark, "figures_of", lambda *_: {})
@@ -494,12 +494,14 @@ def test_the_cost_of_budgets_is_measured_small(args, tmp_path, monkeypatch, crit
     made = "--arms ase --seeds 0 --pictures 32 --test-pictures 4 --warm-up 8 --vision-samples 4 --samples 0 --batch-size 4"
     monkeypatch.setattr(sys, "argv", [*command, *made.split(), "--jobs", "1", "--workers", "1", "--train-encoder"])
     benchmark.main()
-    write = tokens.write_captions
+    write = benchmark.write_captions
     shorter = lambda *args, max_new_tokens, **options: write(*args, max_new_tokens=3, **options)  # noqa: E731
-    monkeypatch.setattr(tokens, "write_captions", shorter)
+    monkeypatch.setattr(benchmark, "write_captions", shorter)
+    record.write_text("before\n{}\nold\n{}\nafter\n".format(*tokens.MARKS))
     arguments = [*command[1:], "--seeds", "0", "--samples", "8", "--jobs", "1", "--record", str(record)]
     tokens.main(arguments)
     text = record.read_text()
+    assert text.startswith("before") and text.endswith("after\n") and "old" not in text
     assert "| all |" in text and "| 50%, attention |" in text and "| 11%, smaller picture |" in text
     assert "50%, smaller picture" not in text and "trained along above its layer 6" in text
     figures = json.loads(record.with_suffix(".json").read_text())

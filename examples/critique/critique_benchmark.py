@@ -530,6 +530,15 @@ def run_arm(args: argparse.Namespace, run: tuple[str, int, int]) -> dict[str, An
     return result
 
 
+def caption_pictures(
+    model: PreTrainedModel, processor: ASEProcessor, prompt: torch.Tensor, pixel_values: torch.Tensor, **options: Any
+) -> list[str]:
+    """Captions of a batch of pictures after one prompt, `(tokens,)`."""
+    prompts = prompt.to(device()).expand(len(pixel_values), -1)
+    inputs = {"input_ids": prompts, "attention_mask": torch.ones_like(prompts), "pixel_values": pixel_values}
+    return write_captions(model, processor, inputs, max_new_tokens=90, **options)[0]
+
+
 @torch.inference_mode()
 def measure(
     learner: Learner, split: str, pictures: Pictures, processor: ASEProcessor, with_captions: bool
@@ -543,10 +552,7 @@ def measure(
         batch = collator(rows.tolist())
         heads += learner(**batch)["aspects"].tolist()
         if with_captions:
-            prompts = prompt_tokens(processor).to(device()).expand(len(rows), -1)
-            inputs = {"input_ids": prompts, "attention_mask": torch.ones_like(prompts)}
-            inputs |= {"pixel_values": batch["pixel_values"]}
-            captions += write_captions(model, processor, inputs, max_new_tokens=90)[0]
+            captions += caption_pictures(model, processor, prompt_tokens(processor), batch["pixel_values"])
         if isinstance(model, ASEForConditionalGeneration):
             outputs = model.get_image_features(batch["pixel_values"])
             maps += list(outputs.saliency_maps.cpu())

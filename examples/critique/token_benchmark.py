@@ -42,6 +42,7 @@ from critique_benchmark import (
     Pictures,
     base_checksum,
     be_quiet,
+    caption_pictures,
     device,
     in_processes,
     load_tower,
@@ -58,18 +59,18 @@ from transformers import set_seed
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common import write_captions
+from common import BUDGETS, write_between
 
 from ase_mllm import ASEProcessor, image_tokens
 
 
-BUDGETS = (0.5, 0.25, 0.11)
 SELECTIONS = ("diverse", "unweighted", "uniform", "saliency", "random", "attention", "pooled", "smaller picture")
 TRAININGS = ("all tokens", "within budgets")
 SIDE = IMAGE_SIZE // 14 // MERGED  # of the grid of image tokens
 BLOCKS = {0.5: (1, 2), 0.25: (2, 2), 0.11: (3, 3)}  # of tokens that `pooled` makes one
 SMALLER = {0.25: SIDE // 2, 0.11: SIDE // 3}  # sides of the grid that a smaller picture has; half of it is no square
 RESAMPLED = 2000
+MARKS = "<!-- budgets: begin -->", "<!-- budgets: end -->"
 FIGURES = {"all": GROUPS["all"], "placed": GROUPS["placed"], "placement": ("placement",)}
 
 
@@ -201,9 +202,7 @@ def write(
         if states is not None:
             pixels = F.interpolate(pixels, size=side * MERGED * 14, mode="bicubic", antialias=True)
             learner.kept.current = states(pixels, output_hidden_states=True).hidden_states[READ]
-        prompts = prompt.to(device()).expand(len(rows), -1)
-        inputs = {"input_ids": prompts, "attention_mask": torch.ones_like(prompts), "pixel_values": pixels}
-        captions += write_captions(model, processor, inputs, max_new_tokens=90, image_token_budget=budget)[0]
+        captions += caption_pictures(model, processor, prompt, pixels, image_token_budget=budget)
     if hooked is not None:
         hooked.handle.remove()
     return captions
@@ -239,23 +238,33 @@ def as_markdown(said: dict[tuple[int, str], dict[str, list[str]]], judge: Judge,
     """The tables, and the points behind them by training, seed, way and figure."""
     seeds, trainings = sorted({seed for seed, _ in said}), [one for one in TRAININGS if any(one == t for _, t in said)]
     points = {of: {way: judge.points(captions) for way, captions in one.items()} for of, one in said.items()}
-    ways = [way for way in next(iter(points.values())) if all(way in one for one in points.values())]
+    ways = max(points.values(), key=len)
 
-    def over_seeds(training: str, way: str, figure: str) -> np.ndarray:
-        return np.array([points[seed, training][way][figure] for seed in seeds])
+    def over_seeds(training: str, way: str, figure: str, other: str | None = None) -> list[np.ndarray]:
+        """Of the seeds that have it, less that of another way."""
+        found = [points.get((seed, training), {}) for seed in seeds]
+        return [
+            one[way][figure] - (one[other][figure] if other else 0.0)
+            for one in found
+            if way in one and (other is None or other in one)
+        ]
 
     def difference(training: str, way: str, other: str, figure: str) -> str:
-        resampled = (over_seeds(training, way, figure) - over_seeds(training, other, figure)).mean(0)
-        low, high = np.quantile(resampled[1:], [0.025, 0.975])
-        return f"{resampled[0]:+.1f} [{low:.1f}, {high:.1f}]"
+        differences = over_seeds(training, way, figure, other)
+        if not differences:
+            return "-"
+        mean, *resampled = np.mean(differences, axis=0)
+        low, high = np.quantile(resampled, [0.025, 0.975])
+        return f"{mean:+.1f} [{low:.1f}, {high:.1f}]"
 
     lines = [about]
     columns = [f"{training}: {figure}" for training in trainings for figure in FIGURES]
     rows = [
-        (way, [spread(over_seeds(t, way, f)[:, 0].tolist(), 1) for t in trainings for f in FIGURES]) for way in ways
+        (way, [spread([one[0] for one in over_seeds(t, way, f)], 1) for t in trainings for f in FIGURES])
+        for way in ways
     ]
     lines += table("kept", columns, rows)
-    for head, other in (("less all tokens", "all"), ("less uniform", "uniform")):
+    for head, other in (("less all of them", "all"), ("less uniform", "uniform")):
         rows = []
         for way in ways:
             beside = other if other == "all" else f"{way.split(',')[0]}, {other}"
@@ -283,7 +292,9 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--selections", nargs="+", choices=SELECTIONS, default=SELECTIONS)
     parser.add_argument("--trainings", nargs="+", choices=TRAININGS, default=TRAININGS)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--record", type=Path, help="write the tables here, the figures beside them as JSON")
+    parser.add_argument(
+        "--record", type=Path, help="write the tables between this file's marks, all figures beside it"
+    )
     args = parser.parse_args(argv)
     settings = args.work / "settings.json"
     if not settings.exists():
@@ -291,16 +302,7 @@ def main(argv: list[str] | None = None):
     settings = json.loads(settings.read_text(encoding="utf-8"))
     if settings["base"] != base_checksum(args.language_model):
         parser.error(f"{args.work} holds runs of another language model than {args.language_model}'s")
-    for name in (
-        "layer",
-        "train_encoder",
-        "warm_up",
-        "vision_samples",
-        "batch_size",
-        "learning_rate",
-        "test_pictures",
-    ):
-        setattr(args, name, settings[name])
+    args = argparse.Namespace(**{**settings, **vars(args)})
     runs = [(seed, training) for seed in args.seeds for training in args.trainings]
     said = dict(zip(runs, in_processes(partial(run, args), runs, args.jobs)))
     trained = "trained along above" if args.train_encoder else "frozen; the module reads"
@@ -311,7 +313,7 @@ def main(argv: list[str] | None = None):
     text, record = as_markdown(said, Judge(Pictures(args.work, "test", args.test_pictures)), about)
     print(text)
     if args.record:
-        args.record.write_text(text + "\n", encoding="utf-8")
+        write_between(args.record, *MARKS, text)
         args.record.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
