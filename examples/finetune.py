@@ -18,8 +18,10 @@ meanwhile. Stages (`--stage`):
     lora    LoRA on the language model, the added modules in full (the default)
     all     everything
 The control that every claim needs, the plain base trained alike, is the same command with `--graft none`.
-With much data, `module` and `added` first and then `lora` from the result. The checkpoint with the least validation loss is kept;
-from some hundred validation photographs on, choose by `--metric_for_best_model cider`: few of them give a CIDEr of 0.
+Data with neither aspect labels nor saliency maps leave what a checkpoint knows of aspects as it is: of its saliency module
+the scores alone are trained. With much data, `module` and `added` first and then `lora` from the result. The checkpoint
+with the least validation loss is kept; from some hundred validation photographs on, choose by `--metric_for_best_model cider`: few of them
+give a CIDEr of 0.
 All options of `TrainingArguments` hold. Several GPUs or machines, with ddp.yaml, fsdp2.yaml or deepspeed_zero3.yaml:
     accelerate launch --config_file examples/accelerate/ddp.yaml --num_processes 8 examples/finetune.py \
         --model llava-hf/llava-1.5-7b-hf --dtype bfloat16 --bf16 --data my-photographs --output_dir runs/llava
@@ -192,18 +194,33 @@ def load_model(args: ScriptArguments) -> PreTrainedModel:
     return model
 
 
-def prepare_stage(model: PreTrainedModel, args: ScriptArguments) -> torch.nn.Module:
-    """Freezes what the stage leaves alone."""
-    if args.stage == "added":
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name.startswith(("model.iasm.", "model.fusions.")))
+def would_unlearn_aspects(args: ScriptArguments, model: PreTrainedModel, rows: datasets.Dataset) -> bool:
+    """
+    Whether the checkpoint judges aspects of which the rows say nothing, nor where to look.
+
+    All that the module says is read from the same tokens: bent towards scores and captions, they would go on to give labels,
+    and wrong ones.
+    """
+    has_branch = AutoConfig.from_pretrained(args.model).model_type == "ase"
+    if not has_branch or not model.config.iasm_config.num_aspects:
+        return False
+    told = rows.select_columns(["aspect_labels", "saliency"]).iter(batch_size=1000)
+    return not any(one is not None for batch in told for values in batch.values() for one in values)
+
+
+def prepare_stage(model: PreTrainedModel, args: ScriptArguments, keep_aspects: bool = False) -> torch.nn.Module:
+    """Freezes what the stage leaves alone, and with `keep_aspects` all of the saliency module but its head of scores."""
+    trained = ["iasm.score_head" if keep_aspects else "iasm", "fusions"] if args.graft == "ase" else []
+    added = tuple(f"model.{name}." for name in trained)
+    for name, parameter in model.named_parameters():
+        if args.stage == "added" or name.startswith("model.iasm."):
+            parameter.requires_grad_(name.startswith(added))
     if args.stage != "lora":
         return model
     decoder = set(model.get_decoder().modules())
     linear = [name for name, part in model.named_modules() if part in decoder and isinstance(part, torch.nn.Linear)]
     sizes = {"r": args.lora_rank, "lora_alpha": args.lora_alpha}
-    whole = ["iasm", "fusions"] if args.graft == "ase" else None
-    config = LoraConfig(**sizes, target_modules=linear, modules_to_save=whole)
+    config = LoraConfig(**sizes, target_modules=linear, modules_to_save=trained or None)
     return get_peft_model(model, config, autocast_adapter_dtype=not is_deepspeed_zero3_enabled())
 
 
@@ -495,7 +512,14 @@ def main():
             photographs = photographs.shuffle(training_args.seed).select(range(args.eval_photographs))
 
     # Run
-    model = prepare_stage(load_model(args), args)
+    model = load_model(args)
+    keep_aspects = would_unlearn_aspects(args, model, train_rows)
+    if keep_aspects and training_args.process_index == 0:
+        print(
+            f"The data have neither aspect labels nor saliency maps: what {args.model} knows of aspects is kept, and of its "
+            "saliency module the scores alone are trained."
+        )
+    model = prepare_stage(model, args, keep_aspects)
     evaluates = training_args.eval_strategy != "no"
     shared = {
         "processing_class": processor,

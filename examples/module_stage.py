@@ -133,10 +133,12 @@ def train_module(
     **arguments: Any,
 ) -> ModuleTrainer:
     """
-    One run over what the encoder gives for the splits `train_dataset` and `eval_dataset`.
+    One run over what the encoder gives for the splits `train_dataset` and `eval_dataset`; of the module learns what is not
+    frozen.
 
     That goes when the run ends, and is made anew where one goes on: the photographs may have changed meanwhile.
     """
+    learning = [parameter for parameter in model.model.iasm.parameters() if parameter.requires_grad]
     model.to(args.device).eval().requires_grad_(False)
     folder, processes = Path(args.output_dir, "inputs"), PartialState()
     if processes.is_main_process:
@@ -145,7 +147,8 @@ def train_module(
     for name, rows in splits.items():
         keep_inputs(model, first_rows(rows), collator, args, folder / name)
     processes.wait_for_everyone()
-    model.model.iasm.requires_grad_(True)
+    for parameter in learning:
+        parameter.requires_grad_(True)
     kept = {name: KeptInputs(folder / name) for name in splits}
     trainer = ModuleTrainer(whole=model, args=args, script_args=script_args, **kept, **arguments)
     trainer.train(resume_from_checkpoint=resumed)

@@ -57,8 +57,16 @@ def write_checkpoint(folder: Path) -> Path:
 
 
 def write_ten(folder: Path) -> Path:
-    """Eight photographs to train on and two to validate on; captions of one length, every one rated."""
-    rows = [{"file_name": f"{i:02d}.png", "caption": CAPTIONS[i % len(CAPTIONS)], "score": 1.0 + i} for i in range(10)]
+    """Eight photographs to train on and two to validate on; captions of one length, every one rated and labelled."""
+    rows = [
+        {
+            "file_name": f"{i:02d}.png",
+            "caption": CAPTIONS[i % len(CAPTIONS)],
+            "score": 1.0 + i,
+            "aspect_labels": [i % 2, 0, 1],
+        }
+        for i in range(10)
+    ]
     write_photographs(folder / "train", rows[:8])
     write_photographs(folder / "validation", rows[8:])
     return folder

@@ -224,6 +224,30 @@ def test_scores_alone_teach_the_scores_alone(checkpoint, tmp_path):
     assert {tensor.dtype for name, tensor in tensors.items() if not is_added(name)} == {torch.bfloat16}
 
 
+@pytest.mark.filterwarnings(PEFT_ASKS)
+@pytest.mark.parametrize("stage", ["module", "added", "lora", "all"])
+def test_data_without_labels_leave_the_aspects_as_they_are(stage, checkpoint, tmp_path, capsys):
+    """With captions and scores alone the module's tokens would be bent, and the labels read from them would be wrong."""
+    rows = [{"file_name": f"{i}.png", "caption": CAPTIONS[i], "score": 1.0 + i} for i in range(4)]
+    out = run(checkpoint, write_photographs(tmp_path / "data", rows), tmp_path / "out", max_steps=2, stage=stage)
+    assert "neither aspect labels nor saliency maps" in capsys.readouterr().out
+    before = ASEForConditionalGeneration.from_pretrained(checkpoint).state_dict()
+    after = ASEForConditionalGeneration.from_pretrained(out).state_dict()
+    moved = {name for name in before if name.startswith("model.iasm.") and not torch.equal(before[name], after[name])}
+    assert moved == {"model.iasm.score_head.weight", "model.iasm.score_head.bias"}
+
+
+@pytest.mark.filterwarnings(PEFT_ASKS)
+@pytest.mark.parametrize("known", [{"aspect_labels": [1, 0, -1]}, {"saliency": np.eye(4).tolist()}])
+def test_labels_or_maps_train_the_module(known, checkpoint, tmp_path, capsys):
+    rows = [{"file_name": f"{i}.png", "caption": CAPTIONS[i], **known} for i in range(5)]
+    out = run(checkpoint, write_photographs(tmp_path / "data", rows), tmp_path / "out", max_steps=2, stage="added")
+    assert "neither aspect labels nor saliency maps" not in capsys.readouterr().out
+    before = ASEForConditionalGeneration.from_pretrained(checkpoint).state_dict()
+    after = ASEForConditionalGeneration.from_pretrained(out).state_dict()
+    assert not torch.equal(before["model.iasm.queries"], after["model.iasm.queries"])
+
+
 # What goes wrong -----------------------------------------------------------------------------------------------------
 
 SMALL = {"max_steps": 2, "eval_steps": 1, "stage": "added"}

@@ -114,8 +114,8 @@ def shard_on_cpus():
 
 
 def drop_images():
-    """The fourth batch of one process is of text alone and has no scores."""
-    change_fourth_batch({"pixel_values", "score_targets"})
+    """The fourth batch of one process is of text alone and has no scores or labels."""
+    change_fourth_batch({"pixel_values", "score_targets", "aspect_targets"})
 
 
 def drop_scores():
