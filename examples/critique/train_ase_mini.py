@@ -11,8 +11,8 @@ Stages, the last three by the standard `Trainer`; the encoder stays as it is:
     pictures    faults and styles on real photographs (`critique_sources.py` has fetched them) and what the encoder makes of
                 them, kept in `--work`
     text        the language model from nothing and all that lies between it and the module, on critiques of verdicts: of
-                the truth, and of it with a few aspects turned over, so that the text follows the verdict and not what
-                usually goes with a picture. A few places of the picture are enough for that, and cheap
+                the truth and of that of other pictures, with a few aspects turned over, so that the text follows the
+                verdict and not what usually goes with a picture. A few places of the picture are enough for that, and cheap
     module      the saliency module on the encoder's states: maps, aspects, scores
     whole       text again, of the module's own verdicts, with all places of the picture, as the model will see it
 
@@ -78,7 +78,7 @@ BATCH_SIZES = {"module": 32, "text": 64, "whole": 32}
 PLACES = 4  # of the picture in the stage of the text
 WEIGHTS = {"score_loss_weight": 5.0, "aspect_loss_weight": 3.0, "saliency_loss_weight": 1.0}
 SHARD = 250  # pictures in a file
-VARIANTS, TURNED_OVER = 12, 4  # verdicts of each picture to learn from, and how many aspects at most differ in them
+VARIANTS, TURNED_OVER = 12, 4  # verdicts of each picture to learn from, and how many aspects at most are turned over
 # Kinds of subject that were right in two of three held-out pictures where they were said, with a margin of two logits; the
 # others were wrong more often, and are never said.
 KNOWN_KINDS, MARGIN, NEVER = ("animal", "flower", "building"), 2.0, 20.0
@@ -438,12 +438,24 @@ def turn_over(verdicts: torch.Tensor, generator: torch.Generator) -> torch.Tenso
     return verdicts ^ (torch.rand(verdicts.shape, generator=generator) < share)
 
 
+def draw_verdicts(found: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """
+    Verdicts `(variants, n, aspects)` to learn from: on the pictures, near those, and as many near those on other pictures.
+
+    Where the text only ever follows verdicts that fit the picture, it says what is usual of such a picture when a verdict is
+    not, and be it the contrary.
+    """
+    own = [turn_over(found, generator) for _ in range(VARIANTS // 2 - 1)]
+    others = [found[torch.randperm(len(found), generator=generator)] for _ in range(VARIANTS // 2)]
+    return torch.stack([found, *own, *(turn_over(one, generator) for one in others)])
+
+
 def write_critiques(
     found: torch.Tensor, processor: ASEProcessor, pool: Pool, workers: int, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Verdicts `(n, aspects)` on all pictures of a pool and what is near them, and critiques, as `TextLesson` takes them."""
     found, generator = found.cpu(), torch.Generator().manual_seed(seed)
-    verdicts = torch.stack([found, *(turn_over(found, generator) for _ in range(VARIANTS - 1))])
+    verdicts = draw_verdicts(found, generator)
     strengths = pool.columns["strengths"].float().cpu().tolist()
     rows = list(
         zip(verdicts.flatten(0, 1).tolist(), strengths * VARIANTS, range(seed, seed + verdicts[..., 0].numel()))
