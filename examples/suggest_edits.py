@@ -5,8 +5,10 @@ Suggests edits of photographs: the correction that the model scores higher by a 
 
 Exposure in stops, white balance and contrast are tried at several strengths, straightening only with `--straighten`. A
 correction is suggested when the model's own score rises by `--margin` or more, then one of another kind on top of it when
-that gains as much again. Most good photographs stay as they are. Crops of 1:1, 4:5 and 16:9 are made where they keep at
-least 5 points more of the saliency map inside than the crop from the middle would.
+that gains as much again. Nothing is tried that would add to a fault which the model's critique or its aspects name: what
+is said to be underexposed is not darkened. Most good photographs stay as they are. Crops of 1:1, 4:5 and 16:9 are made
+where they keep at least 5 points more of the saliency map inside than the crop from the middle would. A bare wall or a
+lens cap stays as it is.
 
 Written to DIR, of each photograph that something is suggested for:
     NAME-corrected.jpg      the corrected copy, at full size where the file can be read so (raw files at their preview's)
@@ -24,6 +26,7 @@ Exit status: 0 all were looked at, 1 some files failed (named on stderr), 2 noth
 import argparse
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -33,9 +36,10 @@ from typing import Any
 import numpy as np
 from caption_photos import CannotStart, add_model_arguments, reduced, start_model
 from common import critique
+from gallery import CERTAIN
 from photo_files import RAW_SUFFIXES, Failure, Photo, find_photos, read_photo
 from photo_library import written_beside
-from picture_edits import CORRECTIONS, corrected, cut, salient_crop
+from picture_edits import CORRECTIONS, corrected, cut, is_featureless, salient_crop
 from PIL import Image
 from transformers.utils import logging
 
@@ -47,37 +51,57 @@ ASKED = "straighten_degrees"  # only tried if asked for
 RATIOS = {"1:1": 1.0, "4:5": 4 / 5, "16:9": 16 / 9}
 CROP_GAIN = 0.05  # of the saliency map's mass
 BATCH = 8  # images that are judged at a time
+CRITIQUE_TOKENS = 160  # longest critique
+# What an edit would add to, by how critiques and aspects name it: edits to less, and to more, of each kind
+WORSE = {
+    "exposure_ev": (r"under-?expos|too dark", r"over-?expos|too bright"),
+    "warmth_ev": (r"\b(cool|cold|blue|bluish) cast", r"\b(warm|orange|yellow|yellowish) cast"),
+    "contrast": (r"\bflat\b|low[ -]contrast", r"\bharsh\b|contrasty|high[ -]contrast"),
+}
 
 
 # Corrections ---------------------------------------------------------------------------------------------------------
 
 
 class Judge:
-    """A model as one who scores photographs, and writes nothing."""
+    """A model as one who scores photographs, and writes no more about them than is asked for."""
 
     def __init__(self, model: Any, processor: Any):
         self.model, self.processor = model, processor
 
-    def look(self, images: list[Image.Image]) -> Iterator[dict[str, Any]]:
+    def look(self, images: list[Image.Image], tokens: int = 1) -> Iterator[dict[str, Any]]:
         for start in range(0, len(images), BATCH):
             some = images[start : start + BATCH]
             sizes = [image.size[::-1] for image in some]
-            yield from critique(self.model, self.processor, some, sizes, max_new_tokens=1)
+            yield from critique(self.model, self.processor, some, sizes, max_new_tokens=tokens)
 
     def scores(self, images: list[Image.Image]) -> list[float]:
         return [answer["score"]["mean"] for answer in self.look(images)]
 
 
-def suggest_correction(judge: Judge, image: Image.Image, kinds: list[str], margin: float) -> dict[str, Any]:
+def possible_edits(answer: dict[str, Any], straighten: bool) -> list[tuple[str, float]]:
+    """All kinds and strengths but those that would add to a fault which the model names."""
+    aspects = [name.replace("_", " ") for name, share in answer["aspects"].items() if share >= CERTAIN]
+    named = "\n".join([answer["caption"], *aspects]).lower()
+    edits = []
+    for kind, (_, strengths) in CORRECTIONS.items():
+        less, more = (bool(re.search(words, named)) for words in WORSE.get(kind, ("(?!)", "(?!)")))
+        nothing = 1 if kind == "contrast" else 0  # the strength that leaves all as it is
+        if kind != ASKED or straighten:
+            edits += [(kind, one) for one in strengths if not (less if one < nothing else more)]
+    return edits
+
+
+def suggest_correction(
+    judge: Judge, image: Image.Image, score: float, edits: list[tuple[str, float]], margin: float
+) -> dict[str, Any]:
     """
-    What to do to an image, one kind of correction after another, each worth `margin` of the score by itself.
+    What to do to an image of this score, one kind of edit after another, each worth `margin` of the score by itself.
 
     Returns `score`, `corrected_score`, `steps` (kind, strength) in their order, and `tried` with the scores of all.
     """
-    score = before = judge.scores([image])[0]
-    steps, tried, left = [], [], list(kinds)
-    while left:
-        options = [(kind, strength) for kind in left for strength in CORRECTIONS[kind][1]]
+    before, steps, tried = score, [], []
+    while options := [(kind, strength) for kind, strength in edits if kind not in dict(steps)]:
         images = [corrected(image, *option) for option in options]
         scores = judge.scores(images)
         tried += [{"after": list(steps), "step": list(one), "score": round(s, 3)} for one, s in zip(options, scores)]
@@ -86,7 +110,6 @@ def suggest_correction(judge: Judge, image: Image.Image, kinds: list[str], margi
             break
         score, image = scores[best], images[best]
         steps.append(list(options[best]))
-        left.remove(options[best][0])
     return {"score": round(before, 3), "corrected_score": round(score, 3), "steps": steps, "tried": tried}
 
 
@@ -121,18 +144,20 @@ def name_of(photo: Photo) -> str:
 
 def suggest(judge: Judge, photo: Photo, args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Image.Image]]:
     """What is written to NAME.json, and the pictures by the ends of their names."""
-    kinds = [kind for kind in CORRECTIONS if kind != ASKED or args.straighten]
     small = reduced(photo.image, JUDGED_SIDE)
-    said = suggest_correction(judge, small, kinds, args.margin)
+    (answer,) = judge.look([small], CRITIQUE_TOKENS)
+    featureless = is_featureless(photo.image)  # what is scored higher then, and where the map is high, means nothing
+    edits = [] if featureless else possible_edits(answer, args.straighten)
+    said = suggest_correction(judge, small, answer["score"]["mean"], edits, args.margin)
     whole = original = full_size(photo)
     for kind, strength in said["steps"]:
         small, whole = corrected(small, kind, strength), corrected(whole, kind, strength)
     pictures = {}
     if said["steps"]:
         pictures = {"corrected": whole, "before-after": side_by_side(original, whole)}
-    (answer,) = judge.look([small])
-    heat, crops = answer["heat"].float().cpu().numpy(), {}
-    for name, ratio in RATIOS.items():
+    (after,) = judge.look([small])
+    heat, crops = after["heat"].float().cpu().numpy(), {}
+    for name, ratio in () if featureless else RATIOS.items():
         crop = salient_crop(heat, ratio)
         if crop is None:
             continue
@@ -140,7 +165,8 @@ def suggest(judge: Judge, photo: Photo, args: argparse.Namespace) -> tuple[dict[
         crops[name] = {"suggested": suggested, "box": crop.box, "inside": crop.inside, "centred": crop.centred}
         if suggested:
             pictures[f"crop-{name.replace(':', 'x')}"] = cut(whole, crop.box)
-    record = {"path": str(photo.path), "model": args.model, "margin": args.margin, **said, "crops": crops}
+    record = {"path": str(photo.path), "model": args.model, "caption": answer["caption"], "margin": args.margin}
+    record |= {**said, "crops": crops}
     return record, pictures
 
 
@@ -157,9 +183,20 @@ def write(photo: Photo, record: dict[str, Any], pictures: dict[str, Image.Image]
         beside.write_text(json.dumps({**record, "files": [path.name for path in files.values()]}, indent=1) + "\n")
 
 
+def in_words(kind: str, strength: float) -> str:
+    """An edit as a photographer would say it."""
+    if kind == "exposure_ev":
+        return f"exposure {strength:+g} EV"
+    if kind == "warmth_ev":
+        return f"{'warmer' if strength > 0 else 'cooler'} by {abs(strength):g} EV"
+    if kind == "contrast":
+        return f"contrast {100 * (strength - 1):+.0f} %"
+    degrees = f"{abs(strength):g} degree{'' if abs(strength) == 1 else 's'}"
+    return f"straighten by {degrees} to the {'left' if strength > 0 else 'right'}"
+
+
 def line_of(record: dict[str, Any]) -> str:
-    steps = ", ".join(f"{kind.replace('_', ' ')} {strength:+g}" if kind != "contrast" else f"contrast × {strength:g}"
-                      for kind, strength in record["steps"])  # fmt: skip
+    steps = ", ".join(in_words(kind, strength) for kind, strength in record["steps"])
     crops = ", ".join(name for name, crop in record["crops"].items() if crop["suggested"])
     scores = f"{record['score']:.1f}" + (f" → {record['corrected_score']:.1f}" if steps else "")
     return f"{record['path']}: {scores}  {steps or 'as it is'}" + (f"; crops {crops}" if crops else "")

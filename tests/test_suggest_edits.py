@@ -9,7 +9,7 @@ import pytest
 import suggest_edits
 import torch
 from conftest import landscape, tiny_model, tiny_processor
-from picture_edits import CORRECTIONS, contrast, corrected, cut, expose, salient_crop, turn, warm
+from picture_edits import CORRECTIONS, contrast, corrected, cut, expose, is_featureless, salient_crop, turn, warm
 from PIL import ExifTags, Image
 
 
@@ -25,7 +25,7 @@ class Taste:
     """Stands for a model: likes the light and colour of `SCENE`, and looks at the left."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
-        self.loads, self.seen = 0, []
+        self.loads, self.seen, self.caption, self.aspects = 0, [], "", {}
         monkeypatch.setattr(suggest_edits, "start_model", self.start)
         monkeypatch.setattr(suggest_edits, "critique", self.critique)
 
@@ -39,7 +39,8 @@ class Taste:
             off = np.abs(np.asarray(image, np.float32).mean((0, 1)) - MIDDLE).mean()
             heat = torch.zeros(height, width)
             heat[:, : width // 5] = 1
-            yield {"score": {"mean": float(9 - off / 10)}, "heat": heat}
+            said = {"caption": self.caption if max_new_tokens > 1 else "", "aspects": self.aspects}
+            yield {**said, "score": {"mean": float(9 - off / 10)}, "heat": heat}
 
 
 @pytest.fixture
@@ -115,6 +116,43 @@ def test_faults_are_mended_and_good_photographs_stay(taste, run, tmp_path):
     assert {path: path.read_bytes() for path in (tmp_path / "photos").iterdir()} == before
 
 
+@pytest.mark.parametrize(
+    ("kind", "strength", "edit", "caption", "aspects"),
+    [
+        ("exposure_ev", 1.5, "exposure +1.5 EV", "Much too bright.", {"overexposed": 0.9}),
+        ("exposure_ev", -1.5, "exposure -1.5 EV", "Severely underexposed.", {"too_dark": 0.9}),
+        ("warmth_ev", 0.45, "warmer by 0.45 EV", "It has an orange cast.", {"warm_cast": 0.5}),
+        ("warmth_ev", -0.45, "cooler by 0.45 EV", "It has a bluish cast.", {"cool_cast": 0.5}),
+    ],
+)
+def test_no_edit_adds_to_a_fault_that_the_model_names(taste, run, tmp_path, kind, strength, edit, caption, aspects):
+    corrected(SCENE, kind, -strength).save(tmp_path / "photos" / "a.png")
+    assert edit in run("--out", tmp_path / "nothing is named")[1]
+    for taste.caption, taste.aspects in ((caption, {}), ("", aspects)):
+        out = tmp_path / f"named {taste.caption}"
+        assert edit not in run("--out", out)[1]
+        tried = [one["step"][1] for one in records(out)["a"]["tried"] if one["step"][0] == kind]
+        assert tried and all(one * strength < 0 for one in tried)
+    taste.aspects = dict.fromkeys(aspects, 0.4)
+    assert edit in run("--out", tmp_path / "not certain")[1]
+
+
+def test_contrast_goes_no_further_the_wrong_way():
+    def strengths(caption: str) -> set[float]:
+        edits = suggest_edits.possible_edits({"caption": caption, "aspects": {}}, straighten=False)
+        return {strength for kind, strength in edits if kind == "contrast"}
+
+    assert min(strengths("The tones are flat.")) > 1 and max(strengths("The contrast is harsh.")) < 1
+    assert strengths("Flat light, harsh shadows.") == set()
+
+
+def test_edits_are_said_as_people_say_them():
+    said = [suggest_edits.in_words(*edit) for edit in (("exposure_ev", 1.5), ("warmth_ev", -0.45), ("contrast", 1.2))]
+    assert said == ["exposure +1.5 EV", "cooler by 0.45 EV", "contrast +20 %"]
+    turns = [suggest_edits.in_words("straighten_degrees", degrees) for degrees in (1.0, -5.0)]
+    assert turns == ["straighten by 1 degree to the left", "straighten by 5 degrees to the right"]
+
+
 def test_the_margin_decides(taste, run, tmp_path):
     expose(SCENE, -0.5).save(tmp_path / "photos" / "a.png")
     assert "1 corrections" in run()[1]
@@ -184,6 +222,16 @@ def test_crops_follow_the_subject(taste, run, tmp_path):
     name = next(name for name in records(tmp_path / "out")["a"]["files"] if "crop-1x1" in name)
     picture = Image.open(tmp_path / "out" / name)
     assert picture.size == (360, 360) and distance(picture, SCENE.crop((0, 0, 360, 360))) < 8
+
+
+def test_nothing_is_suggested_for_a_featureless_frame(taste, run, tmp_path):
+    rng, down = np.random.default_rng(0), np.linspace(0, 40, 300)[:, None, None]
+    frames = {"cap": rng.normal(2, 2, (300, 400, 3)), "wall": rng.normal(128, 10, (300, 400, 3)) + down}
+    for name, pixels in frames.items():
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(tmp_path / "photos" / f"{name}.png")
+    assert "2 looked at: 0 corrections and 0 crops suggested" in run()[1]
+    assert all(record["tried"] == [] and record["crops"] == {} for record in records(tmp_path / "out").values())
+    assert not is_featureless(SCENE) and not is_featureless(expose(SCENE, -4))
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
