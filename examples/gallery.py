@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import jinja2
+from library_file import CERTAIN
 from photo_files import Failure
 from photo_library import Library
 
 
 PAGE = 200  # photographs at a time
 LISTED = 1000  # failures that are named on the page; failed.jsonl names all
-CERTAIN = 0.5  # an aspect is named from this probability on
 
 
 def stars_of(score: float) -> float:

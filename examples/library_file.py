@@ -59,7 +59,7 @@ PRAGMA user_version = 2;
 COMMIT;
 """
 }
-CERTAIN = 0.5  # a photograph has a fault from this probability on
+CERTAIN = 0.5  # a photograph has an aspect from this probability on
 
 # Of each file the newest result, those of the run that is asked for first. Embeddings are large, and asked for by id
 NEWEST = """

@@ -1,17 +1,18 @@
 """
-Finds photographs again in a library of `caption_photos.py`: by words, faults, score, and likeness to another.
+Finds photographs again in a library of `caption_photos.py`: by words, aspects, score, and likeness to another.
 
-    python examples/search_photos.py captions "soft light" --min-score 7
-    python examples/search_photos.py captions --fault underexposed --like holiday/beach.jpg
+    python examples/search_photos.py captions complementary colours --min-score 8
+    python examples/search_photos.py captions animal -blurred
+    python examples/search_photos.py captions --aspect underexposed --like holiday/beach.jpg
 
-Words are looked for in the critiques; all of them must occur, in any order. `"soft light"` within quotes of its own is
-found in this order alone, `shadow*` is every word that begins so, `-blur` must not occur. Capitals and accents do not
-matter. What is asked for in several ways must hold in all of them.
+Words are looked for in the critiques; all of them must occur, in any order. `'"soft light"'`, in double quotes within those
+of the shell, is found in this order alone, `'shadow*'` is every word that begins so, what `-blurred` names must not occur.
+Capitals and accents do not matter. What is asked for in several ways must hold in all of them.
 
-The first is the most alike with --like, else the one with the strongest fault with --fault, else the one that the words
-fit best, else the one with the highest score. Likeness is what the model's image encoder sees, above all subject, light
-and colour: 1 for the same, 0 for no more than any two in this library. The photograph that it is compared with must be
-in the library, here or under another name; it is not listed itself.
+The first is the most alike with --like, else the one with the clearest aspect with --aspect, else those that have the words
+in the order that was typed and whom they fit best, else the one with the highest score. Likeness is what the model's image
+encoder sees, above all subject, light and colour: 1 for the same, 0 for no more than any two in this library. The
+photograph that it is compared with must be in the library, here or under another name; it is not listed itself.
 
 The library is only read, also while photographs are being captioned.
 
@@ -34,8 +35,8 @@ from library_file import CERTAIN, NEWEST, LibraryError, as_key, printing, read_r
 # Words ---------------------------------------------------------------------------------------------------------------
 
 
-def full_text_queries(text: str) -> tuple[str, str]:
-    """What somebody typed as two queries of FTS5, of what must all occur and of what must not; empty for none."""
+def full_text_terms(text: str) -> tuple[list[str], list[str]]:
+    """What somebody typed as terms of FTS5: those that must all occur, and those of which none may."""
     # NOTE: everything goes into quotes, where FTS5 has no operators: whatever is typed is no error of syntax
     text = text.encode(errors="replace").decode().replace("\0", " ")
     wanted, unwanted = [], []
@@ -46,12 +47,26 @@ def full_text_queries(text: str) -> tuple[str, str]:
         if any(character.isalnum() for character in term):
             quoted = '"' + term.replace('"', '""') + '"' + ("*" if word.endswith("*") else "")
             (unwanted if minus else wanted).append(quoted)
-    return " AND ".join(wanted), " OR ".join(unwanted)
+    return wanted, unwanted
 
 
 def rows_with(database: sqlite3.Connection, query: str) -> dict[int, float]:
     """Ids of the results whose captions have what is asked for, each with its rank: the lower, the better it fits."""
     return dict(map(tuple, database.execute("SELECT rowid, rank FROM words WHERE words MATCH ?", (query,))))
+
+
+def fits_of(database: sqlite3.Connection, wanted: list[str]) -> dict[int, tuple[bool, float]]:
+    """How well what has all terms fits, by its id: the lower the better, first what has them in the order typed."""
+    phrase = " + ".join(term.removesuffix("*") for term in wanted)
+    together = rows_with(database, phrase) if len(wanted) > 1 else {}
+    fits = rows_with(database, " AND ".join(wanted))
+    return {number: (number not in together, rank) for number, rank in fits.items()}
+
+
+def missing_words(database: sqlite3.Connection, text: str) -> str:
+    """Which of the words that must occur do so in no critique at all, in words; empty where each is in some."""
+    missing = [term for term in full_text_terms(text)[0] if not rows_with(database, term)]
+    return f"No critique in this library has {', '.join(missing)}." if missing else ""
 
 
 # Likeness ------------------------------------------------------------------------------------------------------------
@@ -108,37 +123,37 @@ def likeness_to(database: sqlite3.Connection, photo: Path) -> dict[int, float]:
 # Search --------------------------------------------------------------------------------------------------------------
 
 
-def named_faults(names: list[str], rows: list[dict[str, Any]]) -> list[str]:
+def known_aspects(names: list[str], rows: list[dict[str, Any]]) -> list[str]:
     """The model's own names of what is asked for, which may be written with blanks or dashes."""
     known = sorted({name for row in rows for name in row["aspects"]})
     written = {re.sub(r"[^a-z0-9]+", "_", name.lower()): name for name in known}
-    faults = []
+    aspects = []
     for name in names:
         key = re.sub(r"[^a-z0-9]+", "_", name.lower())
         if key not in written:
             raise LibraryError(
-                f"{name!r} is no fault that this library's models tell. There are: {', '.join(known) or 'none'}."
+                f"{name!r} is no aspect that this library's models tell. There are: {', '.join(known) or 'none'}."
             )
-        faults.append(written[key])
-    return faults
+        aspects.append(written[key])
+    return aspects
 
 
 def search(database: sqlite3.Connection, args: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of what was found, the best first; `likeness` is among their columns where it was asked for."""
     rows = [read_row(row) for row in database.execute(NEWEST, {"run": 0})]
-    faults = named_faults(args.fault, rows)
-    wanted, unwanted = full_text_queries(args.words)
+    aspects = known_aspects(args.aspect, rows)
+    wanted, unwanted = full_text_terms(args.words)
     if args.words.strip() and not wanted and not unwanted:
         raise LibraryError(f"There is no word to look for in {args.words!r}.")
-    fits = rows_with(database, wanted) if wanted else None
-    left_out = rows_with(database, unwanted) if unwanted else {}
+    fits = fits_of(database, wanted) if wanted else None
+    left_out = rows_with(database, " OR ".join(unwanted)) if unwanted else {}
     rows = [
         row
         for row in rows
         if (fits is None or row["id"] in fits)
         and row["id"] not in left_out
-        and args.min_score <= row["score"] <= args.max_score
-        and all(row["aspects"].get(fault, 0) >= CERTAIN for fault in faults)
+        and args.min_score <= round(row["score"], 1) <= args.max_score  # the number that is shown
+        and all(row["aspects"].get(name, 0) >= CERTAIN for name in aspects)
     ]
     if args.like is not None:
         likeness = likeness_to(database, args.like)
@@ -148,9 +163,9 @@ def search(database: sqlite3.Connection, args: argparse.Namespace) -> list[dict[
             print(f"{len(others) - len(rows)} left out: of another model, or without image features.", file=sys.stderr)
 
     def order(row: dict[str, Any]) -> tuple:
-        fit = 0 if fits is None else fits[row["id"]]
-        fault = min((row["aspects"][name] for name in faults), default=0)
-        return -row.get("likeness", 0), -fault, fit, -row["score"], row["path"]
+        fit = () if fits is None else fits[row["id"]]
+        clearness = min((row["aspects"][name] for name in aspects), default=0)
+        return -row.get("likeness", 0), -clearness, fit, -row["score"], row["path"]
 
     return sorted(rows, key=order)[: args.limit]
 
@@ -177,9 +192,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description=description, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("library", type=Path, metavar="LIBRARY", help="the folder that caption_photos.py wrote to")
-    parser.add_argument("words", nargs="*", metavar="WORDS", help="what the critique must say")
+    parser.add_argument("words", nargs="*", metavar="WORDS", help="what the critique must say, -WORD what it must not")
     parser.add_argument(
-        "--fault", action="append", default=[], metavar="NAME", help="with this fault, as on the page; may be repeated"
+        "--aspect",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="with this aspect, as the page names it: a fault, a style, a kind of subject; may be repeated",
     )
     parser.add_argument("--min-score", type=float, default=1, help="from this score on, of 1 to 10")
     parser.add_argument("--max-score", type=float, default=10, help="up to this score")
@@ -188,8 +207,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--paths", action="store_true", help="print paths alone")
     form.add_argument("--json", action="store_true", help="print a line of JSON a photograph")
-    args = parser.parse_intermixed_args(argv)
-    args.words = " ".join(args.words)
+    given = sys.argv[1:] if argv is None else argv
+    unwanted = [one for one in given if re.match(r"-[^\W\d]{2}|-\"", one)]  # would be options to argparse, or -h
+    args = parser.parse_intermixed_args([one for one in given if one not in unwanted])
+    args.words = " ".join([*args.words, *unwanted])
     args.library = args.library.expanduser()
     args.like = args.like and args.like.expanduser()
     for name in ("min_score", "max_score"):
@@ -205,11 +226,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with reading(args.library) as database:
             found = search(database, args)
+            missing = "" if found else missing_words(database, args.words)
     except (LibraryError, OSError) as error:
         print(f"Cannot search: {error}", file=sys.stderr)
         return 2
     if not found:
-        print("Nothing was found.", file=sys.stderr)
+        print(f"Nothing was found. {missing}".rstrip(), file=sys.stderr)
         return 1
     with printing():
         for row in found:

@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 from caption_photos import CannotStart, add_model_arguments, reduced, start_model
 from common import critique
-from gallery import CERTAIN
+from library_file import CERTAIN
 from photo_files import RAW_SUFFIXES, Failure, Photo, find_photos, read_photo
 from photo_library import written_beside
 from picture_edits import CORRECTIONS, corrected, cut, is_featureless, salient_crop

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from gallery import CERTAIN, stars_of
+from gallery import stars_of
+from library_file import CERTAIN
 from photo_files import Failure
 from photo_library import written_beside
 

@@ -1,9 +1,12 @@
 """The README's code runs as it stands: only the Hub ids of large bases are exchanged for tiny folders."""
 
 import re
+import shlex
 from pathlib import Path
 
+import caption_photos
 import pytest
+import search_photos
 from conftest import tiny_base, tiny_processor
 from families import FAMILIES
 from transformers import AutoModelForImageTextToText
@@ -35,6 +38,14 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch):
         for file in ("modeling_ase.py", "processing_ase.py", "processor_config.json", "model.safetensors"):
             assert (tmp_path / "my-ase" / name / file).exists(), f"{name}/{file}"
     assert namespace["trainer"].state.global_step == 3
+
+
+@pytest.mark.slow
+def test_its_search_finds_some_of_the_bundled_photographs(tmp_path, capsys):
+    (line,) = re.findall(r"^python examples/search_photos.py captions (.*)$", (ROOT / "README.md").read_text(), re.M)
+    assert caption_photos.main([str(ROOT / "examples" / "photos"), "--out", str(tmp_path)]) == 0
+    assert search_photos.main([str(tmp_path), *shlex.split(line, comments=True)]) == 0
+    assert "complementary colours" in capsys.readouterr().out.lower()
 
 
 def test_the_families_named_are_those_tested():
