@@ -29,7 +29,6 @@ Exit status: 0 all captioned, 1 some files failed (named on stderr and on the pa
 import argparse
 import json
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -214,7 +213,7 @@ class CannotStart(Exception):
     """Nothing was captioned, and why."""
 
 
-def caption_all(library: Library, found: Found, files: list[Path], args: argparse.Namespace, title: str) -> Outcome:
+def caption_all(library: Library, found: Found, files: list[Path], args: argparse.Namespace) -> Outcome:
     """Captions what has no result yet; each batch is in the library before the next one begins."""
     outcome, model, exported = Outcome(), None, time.monotonic()
     pending = [file for file in files if not library.is_unchanged(file)]
@@ -252,7 +251,7 @@ def caption_all(library: Library, found: Found, files: list[Path], args: argpars
                 outcome.captioned += len(results) - len(broken)
                 progress.update(len(batch))
                 if time.monotonic() - exported > EXPORT_EVERY:
-                    publish(library, title, found.left_out)
+                    publish(library, found.left_out)
                     exported = time.monotonic()
         except KeyboardInterrupt:
             outcome.stopped = "interrupted"
@@ -290,9 +289,9 @@ def start_model(args: argparse.Namespace) -> tuple[Any, Any]:
     return model, processor
 
 
-def publish(library: Library, title: str, left_out: Counter) -> Path:
+def publish(library: Library, left_out: Counter) -> Path:
     today = date.today()
-    page, aside = export(library, title, left_out, f"{today.day} {today:%B %Y}")
+    page, aside = export(library, left_out, f"{today.day} {today:%B %Y}")
     for path in aside:
         print(f"{path}: moved here, since something else than this program wrote it", file=sys.stderr)
     return page
@@ -342,12 +341,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def title_of(arguments: list[Path]) -> str:
-    """The folder's name, when all photographs are from one."""
-    folders = {argument.resolve() if argument.is_dir() else argument.resolve().parent for argument in arguments}
-    return (re.sub(r"[_-]+", " ", folders.pop().name) if len(folders) == 1 else "") or "Photographs"
-
-
 def describe(left_out: Counter) -> str:
     return "Left out: " + ", ".join(f"{number} × {kind}" for kind, number in sorted(left_out.items()))
 
@@ -361,10 +354,9 @@ def run(library: Library, found: Found, files: list[Path], args: argparse.Namesp
     gone = library.forget_missing(args.photos, found.files)
     if gone:
         print(f"{gone} files of earlier runs are gone from where they were.")
-    title = title_of(args.photos)
-    outcome = caption_all(library, found, files, args, title)
+    outcome = caption_all(library, found, files, args)
     try:
-        page = publish(library, title, found.left_out)
+        page = publish(library, found.left_out)
         shown = sum(1 for _ in library.results())
         print(f"{outcome.captioned} captioned, {outcome.failed} failed, {shown} on the page: {page}")
     except (OSError, sqlite3.Error) as error:

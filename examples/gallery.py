@@ -7,6 +7,7 @@ photographs at a time. It opens from disk without a server, and asks nothing of 
 
 import json
 import os
+import re
 import urllib.parse
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -62,21 +63,32 @@ def write_index(rows: Iterable[list[Any]], file: TextIO) -> None:
     file.write("];\n")
 
 
+def common_folder(library: Library) -> str:
+    """The folder that all photographs of the page lie in, however deep; "" where there are none."""
+    folders = {os.path.dirname(row["path"]) for row in library.results()}
+    return os.path.commonpath(folders) if folders else ""
+
+
+def title_of(library: Library) -> str:
+    """The name of the folder that all photographs of the page are from, whichever run added them."""
+    return re.sub(r"[_-]+", " ", os.path.basename(common_folder(library))).strip() or "Photographs"
+
+
 def index_rows(library: Library) -> Iterator[list[Any]]:
     """
-    A photograph a row: name below the folder of all, address, caption, mean, spread, stars, aspects named, width,
-    height, thumbnail, overlay, time taken, note.
+    A photograph a row: name below the folder of all, address, caption, mean to sort by and as it is shown, spread,
+    stars, aspects named, width, height, thumbnail, overlay, time taken, note.
     """
-    paths = [row["path"] for row in library.results()]
-    folder = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
+    folder = common_folder(library)
     for row in library.results():
         aspects = sorted(row["aspects"], key=row["aspects"].get, reverse=True)
         yield [
             os.path.relpath(row["path"], folder),
             address(row["path"], library.folder),
             row["caption"],
-            round(row["score"], 2),
-            round(row["std"], 2),
+            row["score"],
+            round(row["score"], 1),  # once: what was rounded before comes out as another number
+            round(row["std"], 1),
             stars_of(row["score"]),
             [name.replace("_", " ") for name in aspects if row["aspects"][name] >= CERTAIN],
             row["width"],
@@ -105,7 +117,7 @@ def write_page(file: TextIO, **context: Any) -> None:
     file.writelines(environment.get_template("gallery.html.jinja").stream(page=PAGE, **context))
 
 
-def export(library: Library, title: str, left_out: Counter, date: str) -> tuple[Path, list[Path]]:
+def export(library: Library, left_out: Counter, date: str) -> tuple[Path, list[Path]]:
     """Writes captions.jsonl, failed.jsonl and the page anew; returns the page, and what was moved aside for them."""
     models, count = [], 0
     for row in library.results():
@@ -115,7 +127,7 @@ def export(library: Library, title: str, left_out: Counter, date: str) -> tuple[
     failures: Iterator[Failure] = library.failures()
     listed = list(islice(failures, LISTED))
     context = {
-        "title": title,
+        "title": title_of(library),
         "models": models,
         "date": date,
         "count": count,

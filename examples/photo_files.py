@@ -136,8 +136,14 @@ def find_photos(arguments: list[Path]) -> Found:
             reasons = {name: folder_left_out(Path(folder, name)) for name in subfolders}
             found.left_out.update(reason for reason in reasons.values() if reason)
             subfolders[:] = sorted(name for name in subfolders if not reasons[name])
+            read = [name.lower() for name in names if file_left_out(name) is None]
+            described = {*read, *(os.path.splitext(name)[0] for name in read)}
             for name in sorted(names):
-                if reason := file_left_out(name):
+                reason = file_left_out(name)
+                # what lies beside its photograph is left out no more than that one
+                if reason == "sidecar" and os.path.splitext(name)[0].lower() in described:
+                    continue
+                if reason:
                     found.left_out[reason] += 1
                 else:
                     files.append(Path(folder, name))

@@ -16,6 +16,7 @@ from photo_library import Library
 from PIL import Image
 
 
+ALBUM = "An <album>"
 HOSTILE = '</script><script>alert("x")</script> {{ 1 }} & \u2028 "so"'
 
 
@@ -25,7 +26,7 @@ def make_library(tmp_path: Path, count: int) -> Library:
     library.begin_run("a-model", {})
     image, files, results = Image.new("RGB", (20, 30)), [], []
     for number in range(count):
-        name = "album/50% #1 <b>?.jpg" if number == 0 else f"album/photo {number}.jpg"
+        name = f"{ALBUM}/50% #1 <b>?.jpg" if number == 0 else f"{ALBUM}/photo {number}.jpg"
         stamp = Stamp(1, 1, f"{number:064}")
         files.append(Photo(tmp_path / name, image, 20, 30, stamp, f"2024-01-01T00:{number % 60:02}:00"))
         caption = HOSTILE if number == 0 else f"Soft light, number {number}."
@@ -39,7 +40,7 @@ def make_library(tmp_path: Path, count: int) -> Library:
 
 def export(tmp_path: Path, count: int) -> str:
     with make_library(tmp_path, count) as library:
-        page, aside = gallery.export(library, "An <album>", Counter({"GIF": 3}), "1 May 2026")
+        page, aside = gallery.export(library, Counter({"GIF": 3}), "1 May 2026")
     assert aside == [] and page == tmp_path / "out" / "gallery.html"
     return page.read_text(encoding="utf-8")
 
@@ -69,21 +70,38 @@ def test_the_index_holds_all_that_is_shown(tmp_path):
     export(tmp_path, 3)
     rows = index(tmp_path / "out")
     assert [row[0] for row in rows] == ["50% #1 <b>?.jpg", "photo 1.jpg", "photo 2.jpg"]
-    _, _, caption, mean, spread, stars, aspects, width, height, thumbnail, overlay, taken, note = rows[1]
-    assert (caption, mean, spread, stars) == ("Soft light, number 1.", 4.33, 1.26, 2.0)
-    assert aspects == ["too dark", "blurred"] and rows[0][6] == ["blurred"]
+    _, _, caption, mean, shown, spread, stars, aspects, width, height, thumbnail, overlay, taken, note = rows[1]
+    assert (caption, mean, shown, spread, stars) == ("Soft light, number 1.", 2 + 7 / 3, 4.3, 1.3, 2.0)
+    assert aspects == ["too dark", "blurred"] and rows[0][7] == ["blurred"]
     assert (width, height, taken, note) == (20, 30, "2024-01-01T00:01:00", "cut")
     assert (thumbnail, overlay) == ("gallery/thumbs/t.jpg", "overlays/50%25%20%231.jpg")
     assert rows[0][2] == HOSTILE
     for row in rows:
-        assert (tmp_path / "out" / unquote(row[1])).resolve() == tmp_path / "album" / row[0]
+        assert (tmp_path / "out" / unquote(row[1])).resolve() == tmp_path / ALBUM / row[0]
+
+
+def test_a_score_is_rounded_once(tmp_path):
+    with make_library(tmp_path, 1) as library:
+        library.database.execute("UPDATE result SET score = 8.249")  # 8.25 by two digits, and that 8.3 in a browser
+        (row,) = gallery.index_rows(library)
+    assert row[3:5] == [8.249, 8.2]
+
+
+def test_the_title_is_of_all_that_is_shown(tmp_path):
+    with make_library(tmp_path, 2) as library:
+        assert gallery.title_of(library) == ALBUM
+        other = Photo(tmp_path / "summer_trip" / "a.jpg", Image.new("RGB", (2, 2)), 2, 2, Stamp(1, 1, f"{0:064}"))
+        library.add([other])
+        assert gallery.title_of(library) == tmp_path.name.replace("_", " ").replace("-", " ")
+        library.add([Photo(Path("/elsewhere/a.jpg"), other.image, 2, 2, other.stamp)])
+        assert gallery.title_of(library) == "Photographs"
 
 
 def test_lines_are_those_of_the_library(tmp_path):
     export(tmp_path, 2)
     lines = [json.loads(line) for line in (tmp_path / "out" / "captions.jsonl").read_text().splitlines()]
     assert lines[1] == {
-        "path": str(tmp_path / "album" / "photo 1.jpg"),
+        "path": str(tmp_path / ALBUM / "photo 1.jpg"),
         "caption": "Soft light, number 1.",
         "score": {"mean": 5.5, "std": 1.26},
         "stars": 3.0,
@@ -119,7 +137,7 @@ def test_many_failures_are_counted_and_some_named(tmp_path, monkeypatch):
     monkeypatch.setattr(gallery, "LISTED", 2)
     with make_library(tmp_path, 1) as library:
         library.add([Failure(tmp_path / f"x{number}.jpg", "damaged") for number in range(4)])
-        gallery.export(library, "", Counter(), "")
+        gallery.export(library, Counter(), "")
     html = (tmp_path / "out" / "gallery.html").read_text()
     assert "5 files could not be captioned" in html and "And 3 more" in html and html.count("<dt>") == 2
     assert len((tmp_path / "out" / "failed.jsonl").read_text().splitlines()) == 5
@@ -182,7 +200,7 @@ document.body.replaceChildren(JSON.stringify(said));
         ["450 of 450 shown", "1 to 200 of 450", 200, "50% #1 <b>?.jpg", True, False],
         ["14 of 450 shown", "1 to 14 of 14", 14, "photo 44.jpg", True, True],
         ["5 of 450 shown", "1 to 5 of 5", 5, "photo 441.jpg", True, True],
-        ["16 of 450 shown", "1 to 16 of 16", 16, "photo 419.jpg", True, True],
+        ["18 of 450 shown", "1 to 18 of 18", 18, "photo 415.jpg", True, True],  # of 8.456: it says 8.5
         ["1 of 450 shown", "1 to 1 of 1", 1, "50% #1 <b>?.jpg", True, True],
         [False, "overlays/50%25%20%230.jpg", "true"],
         ["Show where the model looked in photo 1.jpg"],

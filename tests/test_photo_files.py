@@ -197,6 +197,7 @@ def test_what_is_left_out_is_counted_by_kind(tmp_path, monkeypatch):
     monkeypatch.setattr(photo_files, "SUFFIXES", {".jpg", ".tif"})  # as without the optional readers
     folder = tmp_path / "album"
     names = ["a.JPG", "b.tif", "1.HEIC", "2.heic", "3.NEF", "4.cr3", "5.dng", "6.gif", "7.GIF", "8.mov", "9.xmp"]
+    names += ["a.jpg.xmp", "B.xmp", "b.tif.pp3"]  # beside their photographs
     names += ["notes.txt", "Thumbs.db", ".hidden.jpg"]
     names += ["@eaDir/t.jpg", "#recycle/t.jpg", ".thumbnails/t.jpg", ".git/t.jpg", "x.lrdata/t.jpg", "deep/er/c.jpg"]
     for name in names:
