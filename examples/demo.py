@@ -26,7 +26,7 @@ from caption_photos import (
     start_model,
 )
 from common import critique
-from photo_files import Failure, read_photo
+from photo_files import FORMATS, RAW_SUFFIXES, SUFFIXES, Failure, read_photo
 from PIL import Image
 
 
@@ -34,7 +34,7 @@ MAX_NEW_TOKENS = 160
 ABOUT = """# Aesthetic critique
 
 What is good in a photograph, what is wrong, what would help; how people might score it; and where the model looked."""
-WAITING = "Choose a photograph: JPEG, PNG, WebP or TIFF."
+WAITING = f"Choose a photograph: {', '.join(FORMATS)}{', camera raw' if RAW_SUFFIXES <= SUFFIXES else ''}."
 
 
 def judge(model: Any, processor: Any, file: str | None) -> tuple[str, tuple[Image.Image, Image.Image] | None]:
@@ -58,7 +58,10 @@ def judge(model: Any, processor: Any, file: str | None) -> tuple[str, tuple[Imag
 
 def make_page(model: Any, processor: Any) -> Any:
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when it is imported
-    import gradio as gr  # here, for only the page needs it
+    try:
+        import gradio as gr  # here, for only the page needs it
+    except ModuleNotFoundError as error:
+        sys.exit(f"demo.py needs {error.name}, in an environment of its own: --help says how to make one")
 
     with gr.Blocks(title="Aesthetic critique", delete_cache=(3600, 3600)) as page:
         gr.Markdown(ABOUT)

@@ -41,33 +41,38 @@ import datasets
 import numpy as np
 from aic_data import PROMPTS, load, row_question
 from common import critique
-from metrics import (
-    MAP_SIDE,
-    Measure,
-    Measures,
-    centre_biases,
-    compare,
-    diversity,
-    interval,
-    java_missing,
-    ratio,
-    saliency_measures,
-    score_measures,
-    text_measures,
-    tokenize,
-    word_measures,
-    wrong_photos,
-)
 from picture_files import photograph_id
 from PIL import Image
 from readers import pccd
 from readers.files import parse_lines, read_text
-from report_table import as_markdown, plot_scores, plot_topics
 from scales import misfit
 from tqdm import tqdm
 from transformers import pipeline
 
 from ase_mllm import read_photograph
+
+
+try:
+    from metrics import (
+        MAP_SIDE,
+        Measure,
+        Measures,
+        centre_biases,
+        compare,
+        diversity,
+        interval,
+        java_missing,
+        ratio,
+        saliency_measures,
+        score_measures,
+        text_measures,
+        tokenize,
+        word_measures,
+        wrong_photos,
+    )
+    from report_table import as_markdown, plot_scores, plot_topics
+except ModuleNotFoundError as error:
+    sys.exit(f"evaluate_captions.py needs {error.name}: pip install -e '.[evaluation]'")
 
 
 PROTOCOLS = {

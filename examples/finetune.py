@@ -50,7 +50,6 @@ from accelerate.utils import gather_object
 from aic_data import Report, parse_columns, row_question, split_off_validation, training_rows
 from common import set_gate_rate, words, write_captions
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
-from metrics import caption_scores, topic_coverage
 from mixtures import load_mixture
 from module_stage import ModuleTrainer, first_places, train_module
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -71,6 +70,12 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unse
 
 from ase_mllm import ASEDataCollator, ASEForConditionalGeneration, ASEProcessor, read_photograph
 from ase_mllm.modeling_ase import TARGETS
+
+
+try:
+    from metrics import caption_scores, topic_coverage
+except ModuleNotFoundError as error:
+    sys.exit(f"finetune.py needs {error.name}: pip install -e '.[training]'")
 
 
 METRICS = {  # name and protocol

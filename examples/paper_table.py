@@ -23,8 +23,13 @@ import sys
 from pathlib import Path
 
 from readers import pccd
-from report_table import as_wide
 from small_pccd import write_small
+
+
+try:
+    from report_table import as_wide
+except ModuleNotFoundError as error:
+    sys.exit(f"paper_table.py needs {error.name}: pip install -e '.[training,evaluation]'")
 
 
 HERE = Path(__file__).parent

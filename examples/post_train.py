@@ -33,9 +33,14 @@ import torch
 from aic_data import load, row_question
 from common import topics_of, words
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser, PreTrainedModel
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
 import ase_mllm  # noqa: F401  (registers the Auto classes)
+
+
+try:
+    from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
+except ModuleNotFoundError as error:
+    sys.exit(f"post_train.py needs {error.name}: pip install -e '.[trl]'")
 
 
 Completions = list[list[dict[str, Any]]]

@@ -38,14 +38,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import uvicorn
 from caption_photos import CannotStart, add_model_arguments, refuse_below_zero, start_model
 from common import write_captions
-from fastapi import FastAPI, Request
-from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import JSONResponse, Response
 from photo_files import Failure, read_photo
 from PIL import Image
+
+
+try:
+    import uvicorn
+    from fastapi import FastAPI, Request
+    from fastapi.concurrency import run_in_threadpool
+    from fastapi.responses import JSONResponse, Response
+except ModuleNotFoundError as error:
+    sys.exit(f"serve_critiques.py needs {error.name}: pip install -e '.[serving]'")
 
 
 class Refused(Exception):

@@ -24,6 +24,7 @@ import argparse
 import json
 import os
 import platform
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -38,12 +39,17 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 import torch
 import transformers
-import vllm
 from common import write_captions
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+
+try:
+    import vllm
+except ModuleNotFoundError as error:
+    sys.exit(f"serve_vllm.py needs {error.name}, in an environment of its own: its first lines say how to make one")
 
 
 HERE = Path(__file__).parent

@@ -6,6 +6,7 @@ from types import ModuleType, SimpleNamespace
 
 import demo
 import numpy as np
+import photo_files
 import pytest
 from caption_photos import load_model
 from common import critique
@@ -63,6 +64,17 @@ def test_a_model_that_fails_says_so(critic, monkeypatch):
 def test_a_model_that_is_not_there_is_named():
     with pytest.raises(SystemExit, match="Cannot start: nowhere"):
         demo.main(["--model", "nowhere"])
+
+
+def test_a_missing_gradio_is_named(monkeypatch):
+    monkeypatch.setattr(demo, "start_model", lambda args: (None, None))
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(SystemExit, match="needs gradio, in an environment of its own"):
+        demo.main([])
+
+
+def test_every_format_that_is_read_is_named():
+    assert all(form in demo.WAITING for form in photo_files.FORMATS)
 
 
 def test_the_page_is_where_it_was_told(monkeypatch):

@@ -1,7 +1,9 @@
 """The README's code runs as it stands: only the Hub ids of large bases are exchanged for tiny folders."""
 
 import re
+import runpy
 import shlex
+import sys
 from pathlib import Path
 
 import caption_photos
@@ -60,6 +62,28 @@ def test_usage_in_the_model_card_runs(monkeypatch, capsys):
     exec(block, {})
     answer = capsys.readouterr().out
     assert len(answer.split()) > 5 and "Critique" not in answer  # and not the prompt
+
+
+@pytest.mark.parametrize(
+    ("script", "missing", "remedy"),
+    [
+        ("finetune.py", "scipy", "pip install -e '.[training]'"),
+        ("evaluate_captions.py", "matplotlib", "pip install -e '.[evaluation]'"),
+        ("paper_table.py", "pycocoevalcap", "pip install -e '.[training,evaluation]'"),
+        ("post_train.py", "trl", "pip install -e '.[trl]'"),
+        ("serve_critiques.py", "uvicorn", "pip install -e '.[serving]'"),
+        ("serve_vllm.py", "vllm", "its first lines say how"),
+    ],
+)
+def test_a_script_names_the_extra_that_it_lacks(script, missing, remedy, monkeypatch):
+    for name in list(sys.modules):
+        if name in ("metrics", "report_table") or name.startswith(f"{missing}."):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / "examples" / script), run_name="__main__")
+    assert stopped.value.code.startswith(f"{script} needs {missing}") and remedy in stopped.value.code
 
 
 def test_links_and_pictures_exist():
