@@ -191,7 +191,16 @@ def load_hub(
     source: str, options: Options, streaming: bool
 ) -> dict[str, datasets.Dataset] | dict[str, datasets.IterableDataset]:
     splits, options = {}, replace(options, known=known_scale([PurePosixPath(source).name]))
-    for name, rows in datasets.load_dataset(source, streaming=streaming).items():
+    try:
+        loaded = datasets.load_dataset(source, streaming=streaming)
+    except (ConnectionError, FileNotFoundError) as error:
+        if Path(source).exists():
+            raise
+        raise ValueError(
+            f"{source} is no file or folder here (looked in {Path.cwd()}), and no data set of that name can be had from the "
+            f"Hub ({str(error).splitlines()[0]}). Is it spelled right?"
+        ) from error
+    for name, rows in loaded.items():
         column = options.columns.get("image", "image")
         if column not in rows.column_names:
             raise ValueError(f"{source} has no column {column!r}, only {rows.column_names}: name it by `columns`.")
@@ -267,8 +276,12 @@ def load(
         print(report)
     check_scores(report)
     if not any(part.image_ids for part in report.splits.values()):
+        rows = sum(part.rows for part in report.splits.values())
         told = "" if verbose else f"\n{report}"
-        raise ValueError(f"No row of {source} can be used (do `images` and `columns` fit?).{told}")
+        raise ValueError(
+            f"None of the {rows} rows of {source} can be used: {report.first_problem()}. Do --images (the pictures' folder) "
+            f"and --columns (what its columns are called) fit?{told}"
+        )
     trained = report.splits["train"].image_ids if "train" in report.splits else set()
     for name, part in report.splits.items():
         if name != "train" and (shared := sorted(trained & part.image_ids)):
@@ -294,7 +307,11 @@ def load_source(
         if images is not None:
             raise ValueError(f"{path} has no files that name pictures in a folder: leave `images` out.")
         if path.is_dir() and not any(path.rglob("*.parquet")) and not any(path.rglob("*.arrow")):
-            raise ValueError(f"{path} has no .jsonl, .csv, .json, .txt or .parquet file with rows.")
+            pictures = len(index_pictures(path).by_path)
+            raise ValueError(
+                f"{path} has {pictures or 'no'} pictures and no .jsonl, .csv, .json, .txt or .parquet file with rows: write "
+                'a metadata.jsonl beside the pictures, one line a picture: {"file_name": "petra.jpg", "caption": "..."}'
+            )
         return load_hub(str(path), options, streaming), []
     notes: list[str] = []
     root = path if path.is_dir() else path.parent
@@ -332,7 +349,10 @@ def hold_out(image_ids: Iterable[str], share: float, seed: int) -> set[str]:
     """A share of the photographs, at least one of them, drawn by `seed`."""
     photographs = sorted(set(image_ids))
     if len(photographs) < 2:
-        raise ValueError("One photograph cannot be split into training and validation.")
+        raise ValueError(
+            f"There is one photograph alone ({', '.join(photographs)}), and training needs two: one is set aside to validate "
+            "on. Add photographs, or say by a column `split` which are for what."
+        )
     return set(random.Random(seed).sample(photographs, max(1, round(share * len(photographs)))))
 
 

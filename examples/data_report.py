@@ -169,6 +169,14 @@ class Report:
         examples = ["For example:", *examples] if examples else []
         return "\n".join([self.source, *table, *checked, *self.notes, *examples])
 
+    def first_problem(self) -> str:
+        """What most rows were left out for, with an example."""
+        parts = self.splits.values()
+        counts = Counter({one: sum(part.problems[one] for part in parts) for one in PROBLEMS if not is_kept([one])})
+        problem, count = counts.most_common(1)[0]
+        examples = [one for part in parts for one in part.examples.get(problem, [])]
+        return f"{count} × {problem}, e.g. {examples[0]}" if examples else "there are none"
+
     @staticmethod
     def _counts(title: str, counters: list[Counter]) -> list[tuple]:
         names = dict.fromkeys(itertools.chain(*counters))

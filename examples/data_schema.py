@@ -196,7 +196,7 @@ def read_score(
         return None, on_scale(number, told, problems), None, f"{say_scale(told)} by the name {name}"
     # a negative score is one row's mistake, it says nothing about the scale of the others
     unscaled = number if number >= 0 else None
-    return None, on_scale(number, DEFAULT, problems), unscaled, f"{say_scale(DEFAULT)}, which nothing says"
+    return None, on_scale(number, DEFAULT, problems), unscaled, f"{say_scale(DEFAULT)}, as no scale is given"
 
 
 def read_shares(counts: list[Any]) -> list[float] | None:

@@ -20,8 +20,8 @@ meanwhile. Stages (`--stage`):
 The control that every claim needs, the plain base trained alike, is the same command with `--graft none`.
 Data with neither aspect labels nor saliency maps leave what a checkpoint knows of aspects as it is: of its saliency module
 the scores alone are trained. With much data, `module` and `added` first and then `lora` from the result. The checkpoint
-with the least validation loss is kept; from some hundred validation photographs on, choose by `--metric_for_best_model cider`: few of them
-give a CIDEr of 0.
+with the least validation loss is kept; from some hundred validation photographs on, choose by
+`--metric_for_best_model cider`: few of them give a CIDEr of 0.
 All options of `TrainingArguments` hold. Several GPUs or machines, with ddp.yaml, fsdp2.yaml or deepspeed_zero3.yaml:
     accelerate launch --config_file examples/accelerate/ddp.yaml --num_processes 8 examples/finetune.py \
         --model llava-hf/llava-1.5-7b-hf --dtype bfloat16 --bf16 --data my-photographs --output_dir runs/llava
@@ -30,11 +30,14 @@ The output folder holds the merged model with its processor and code, a model ca
 and heat maps at each evaluation) and TensorBoard curves of every loss term. Needs the extra `training`.
 """
 
+import contextlib
 import json
 import random
 import shlex
 import sys
 import textwrap
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -49,6 +52,7 @@ import transformers
 from accelerate.utils import gather_object
 from aic_data import Report, parse_columns, row_question, split_off_validation, training_rows
 from common import set_gate_rate, words, write_captions
+from datasets.exceptions import DatasetsError
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from mixtures import load_mixture
 from module_stage import ModuleTrainer, first_places, train_module
@@ -483,14 +487,23 @@ def scored_topics(rows: datasets.Dataset) -> list[str]:
     return list(names)
 
 
-def main():
-    args, training_args = parse_arguments()
-    check_arguments(args)
-    set_seed(training_args.seed)
+class InputError(ValueError):
+    """What was given cannot be trained on; says why."""
 
-    # Data
-    processor = ASEProcessor.from_pretrained(args.model)
-    processor.tokenizer.padding_side = "left"  # as generation in batches needs it
+
+@contextlib.contextmanager
+def input_errors() -> Iterator[None]:
+    """Tells what is wrong with the user's data, model or options from what goes wrong in training."""
+    try:
+        yield
+    except (OSError, ValueError, DatasetsError) as error:
+        raise InputError(str(error)) from error
+
+
+def read_data(
+    args: ScriptArguments, training_args: TrainingArguments, processor: ASEProcessor
+) -> tuple[datasets.Dataset, datasets.Dataset, datasets.Dataset, list[Report]]:
+    """Rows to train on and to validate on, the photographs to critique at evaluations, and the sources' reports."""
     with training_args.main_process_first(desc="reading the data"):
         splits, reports = load_mixture(
             args.data,
@@ -515,31 +528,40 @@ def main():
         photographs = validation.filter(len, input_columns="captions")
         if len(photographs) > args.eval_photographs:
             photographs = photographs.shuffle(training_args.seed).select(range(args.eval_photographs))
+    if args.graft == "none":
+        train_rows, validation_rows = with_captions(train_rows), with_captions(validation_rows)
+    return train_rows, validation_rows, photographs, reports
 
-    # Run
-    model = load_model(args)
-    keep_aspects = would_unlearn_aspects(args, model, train_rows)
+
+def main():
+    args, training_args = parse_arguments()
+    set_seed(training_args.seed)
+    with input_errors():
+        check_arguments(args)
+        processor = ASEProcessor.from_pretrained(args.model)
+        processor.tokenizer.padding_side = "left"  # as generation in batches needs it
+        train_rows, validation_rows, photographs, reports = read_data(args, training_args, processor)
+        model = load_model(args)
+        keep_aspects = would_unlearn_aspects(args, model, train_rows)
+        model = prepare_stage(model, args, keep_aspects)
     if keep_aspects and training_args.process_index == 0:
         print(
             f"The data have neither aspect labels nor saliency maps: what {args.model} knows of aspects is kept, and of its "
             "saliency module the scores alone are trained."
         )
-    model = prepare_stage(model, args, keep_aspects)
     evaluates = training_args.eval_strategy != "no"
     shared = {
         "processing_class": processor,
         "callbacks": [EarlyStoppingCallback(args.patience)] if args.patience and evaluates else None,
     }
-    make_collator = ASEDataCollator
-    if args.graft == "none":
-        make_collator = PlainCollator
-        train_rows, validation_rows = with_captions(train_rows), with_captions(validation_rows)
+    make_collator = PlainCollator if args.graft == "none" else ASEDataCollator
     collator = make_collator(processor, args.max_length, args.max_caption_length)
     is_first, named = training_args.process_index == 0, training_args.resume_from_checkpoint
     resumed = named or last_checkpoint(training_args.output_dir, verbose=is_first)
     run = {"model": {"name": args.model, "graft": args.graft, "stage": args.stage}}
     run |= {"train": describe_rows(train_rows), "validation": describe_rows(validation_rows)}
-    keep_to_run(training_args.output_dir, run, resumed and not named, write=is_first)
+    with input_errors():
+        keep_to_run(training_args.output_dir, run, resumed and not named, write=is_first)
     if resumed and is_first:
         print(f"Goes on from {resumed}. For a new run name another --output_dir.")
     if args.stage == "module":
@@ -564,5 +586,14 @@ def main():
     save_result(trainer, processor, reports)
 
 
+def run_command():
+    # PEFT 0.21 still reads the property by its old name, as often as a model is wrapped
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"Cannot train: {error}")
+
+
 if __name__ == "__main__":
-    main()
+    run_command()

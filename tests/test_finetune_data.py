@@ -1,13 +1,26 @@
 """`examples/finetune.py` on PCCD, several sources and rows with questions of their own."""
 
 import json
+import re
+import sys
+import warnings
 from pathlib import Path
 
 import finetune
 import numpy as np
 import pytest
 from conftest import tiny_processor
-from finetuning import CAPTIONS, captions, draw, run, trainer_state, write_base, write_checkpoint, write_photographs
+from finetuning import (
+    CAPTIONS,
+    captions,
+    command,
+    draw,
+    run,
+    trainer_state,
+    write_base,
+    write_checkpoint,
+    write_photographs,
+)
 from huggingface_hub import ModelCard
 from PIL import Image
 
@@ -167,3 +180,54 @@ def test_questions_that_the_template_puts_in_the_same_words_are_told(tmp_path, b
     assert "asks 2 different questions" in error and str(model) in error
     run(model, data, tmp_path / "one", pccd="general", **SMALL)
     assert "WARNING" not in capsys.readouterr().err
+
+
+def rated(*scores: float) -> list[dict]:
+    return [{"file_name": f"{i}.png", "caption": CAPTIONS[0], "score": score} for i, score in enumerate(scores)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        ([], "photographs/metadata.jsonl is empty"),
+        (rated(6), r"one photograph alone \(0\), and training needs two"),
+        (
+            rated(5, 15, 25),
+            r"3 scores from 5 \(metadata.jsonl:1\) to 25 \(metadata.jsonl:3\).*--score-range WORST BEST",
+        ),
+        ([{"file_name": "0.png", "text": "good"}], r"None of the 1 rows of .* can be used: 1 × nothing to learn from"),
+        (None, "has 2 pictures and no .jsonl,.*write a metadata.jsonl beside the pictures"),
+        ("nowhere", "^Cannot train: nowhere is no file or folder here.* Is it spelled right"),
+    ],
+)
+def test_data_that_cannot_be_trained_on_end_the_command_in_words(rows, reason, checkpoint, tmp_path, monkeypatch):
+    data = tmp_path / "photographs"
+    if isinstance(rows, list):
+        write_photographs(data, rows)
+    else:
+        draw(data, "0.png", "1.png")
+    given = data if rows != "nowhere" else rows
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *command(checkpoint, given, tmp_path / "out", **SMALL)])
+    with pytest.raises(SystemExit) as stopped:
+        finetune.run_command()
+    assert re.search(reason, stopped.value.code) and "\n" not in stopped.value.code
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_option_that_does_not_fit_ends_the_command_in_words(checkpoint, tmp_path, monkeypatch):
+    write_photographs(tmp_path / "data", rated(2, 8, 6))
+    options = {**SMALL, "image_token_budget": [0.5, 0.1]}
+    monkeypatch.setattr(
+        sys, "argv", ["finetune.py", *command(checkpoint, tmp_path / "data", tmp_path / "out", **options)]
+    )
+    with pytest.raises(SystemExit, match="Cannot train: --image_token_budget takes two shares"):
+        finetune.run_command()
+
+
+def test_the_command_does_not_pass_on_what_only_peft_can_change(monkeypatch):
+    said = "`is_gradient_checkpointing` is deprecated and will be removed in v6."
+    monkeypatch.setattr(finetune, "main", lambda: warnings.warn(said, FutureWarning, stacklevel=2))
+    with warnings.catch_warnings(record=True) as passed_on:
+        warnings.simplefilter("always")
+        finetune.run_command()
+    assert passed_on == []

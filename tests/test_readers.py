@@ -310,7 +310,7 @@ def test_refusals_say_what_was_tried(tmp_path):
         with pytest.raises(ValueError, match=message):
             aic_data.load(file, images)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"has no \.jsonl"):
+    with pytest.raises(ValueError, match=r"has no pictures and no \.jsonl"):
         aic_data.load(tmp_path / "empty")
     datasets.Dataset.from_list([{"x": 1}]).to_parquet(tmp_path / "empty" / "x.parquet")
     with pytest.raises(ValueError, match="leave `images` out"):
@@ -469,7 +469,7 @@ def test_scores_of_an_untold_scale_are_an_error(tmp_path, capsys, scores, told):
 def test_few_scores_below_five_may_be_of_ten(tmp_path):
     found, report = _read(_score_list(tmp_path, "list.json", [1, 2, 3, 4]))
     assert [row["score_mean"] for row in found["train"]] == [1, 2, 3, 4]
-    assert "scores read as 1 to 10, which nothing says" in str(report)
+    assert "scores read as 1 to 10, as no scale is given" in str(report)
 
 
 def test_a_name_that_only_sounds_like_a_data_set(tmp_path):
