@@ -13,10 +13,11 @@ PhotoPrism, in `vision.yml` (either form; the name is the model's folder):
         Service:
           Uri: http://192.168.1.10:11434/api/generate    # or .../v1/responses
 
-Any other client that can be given the address of an Ollama server gets its critiques by /api/generate and /api/chat. One
-photograph a request, in the request itself: addresses are not fetched. Photographs are read as caption_photos.py reads
-them. Answers are greedy, whatever temperature is asked for, and in plain words: labels and other JSON are refused. Beside
-the text each answer has the `score`, mean and standard deviation, 1 to 10.
+Any other client that can be given the address of an Ollama server gets its critiques by /api/generate and /api/chat, one
+of an OpenAI server's, http://localhost:11434/v1, by /v1/chat/completions and /v1/responses. One photograph a request, in the request itself: addresses are not fetched. Photographs are read as caption_photos.py reads
+them. Answers are greedy, whatever temperature is asked for, and in plain words: labels and other JSON are refused. They
+come as a whole, in one piece also where a stream is asked for. Beside the text each answer has the `score`, mean and
+standard deviation, 1 to 10.
 
 There is no password: whoever reaches the port can use it. By default that is this machine alone.
 """
@@ -24,7 +25,9 @@ There is no password: whoever reaches the port can use it. By default that is th
 import argparse
 import base64
 import binascii
+import errno
 import json
+import socket
 import sys
 import tempfile
 import threading
@@ -139,7 +142,9 @@ def read_sent(encoded: bytes) -> Image.Image:
 
 def decoded(image: Any) -> bytes:
     """A file's content, of base64 or of a data URL."""
-    if not isinstance(image, str) or not image:
+    if image == "":
+        raise Refused(400, "the image is empty (0 bytes).")
+    if not isinstance(image, str):
         raise Refused(400, "the image is no text: send its file as base64 or as a data URL.")
     if image.startswith(("http:", "https:", "file:")):
         raise Refused(400, "addresses of images are not fetched: send the file itself, as a data URL or as base64.")
@@ -198,15 +203,28 @@ def question_of_responses(body: dict) -> Question:
     form = (body.get("text") or {}).get("format") or {}
     refuse_json(form.get("type", "text") != "text")
     messages = [] if isinstance(body.get("input"), str) else dictionaries(body.get("input"), "input")
+    images, words = openais_content(messages, "input_image", "input_text")
+    return the_question(images, words, body.get("max_output_tokens"))
+
+
+def question_of_completions(body: dict) -> Question:
+    """The last photograph that the user sent, with the words beside it, in the older form of OpenAI's."""
+    refuse_json((body.get("response_format") or {}).get("type", "text") != "text")
+    images, words = openais_content(dictionaries(body.get("messages"), "messages"), "image_url", "text")
+    addresses = [image.get("url") if isinstance(image, dict) else image for image in images]
+    return the_question(addresses, words, body.get("max_completion_tokens") or body.get("max_tokens"))
+
+
+def openais_content(messages: list[dict], image: str, text: str) -> tuple[list[Any], list[str]]:
+    """Images and words of the last message of the user's that has an image; `image` and `text` are the types of parts."""
     for message in reversed(messages):
         if message.get("role") != "user" or isinstance(message.get("content"), str):
             continue
         content = dictionaries(message.get("content"), "content")
-        images = [item.get("image_url") for item in content if item.get("type") == "input_image"]
+        images = [part.get("image_url") for part in content if part.get("type") == image]
         if images:
-            words = [str(item.get("text", "")) for item in content if item.get("type") == "input_text"]
-            return the_question(images, words, body.get("max_output_tokens"))
-    raise Refused(400, "there is no image in the input: send one photograph, as `input_image` with a data URL.")
+            return images, [str(part.get("text", "")) for part in content if part.get("type") == text]
+    raise Refused(400, f"there is no image in the messages: send one photograph, as `{image}` with a data URL.")
 
 
 async def body_of(request: Request, max_bytes: int) -> dict:
@@ -222,7 +240,7 @@ async def body_of(request: Request, max_bytes: int) -> dict:
         raise Refused(400, f"the request is not JSON: {error}") from error
     if not isinstance(body, dict):
         raise Refused(400, "the request is not a JSON object.")
-    for name in ("options", "text"):
+    for name in ("options", "text", "response_format"):
         if not isinstance(body.get(name) or {}, dict):
             raise Refused(400, f"`{name}` is not an object.")
     return body
@@ -275,6 +293,25 @@ def as_response(name: str, answer: Answer) -> dict[str, Any]:
     }
 
 
+def as_completion(name: str, answer: Answer, stream: bool) -> dict[str, Any]:
+    """The whole answer, or the one piece of a stream."""
+    said = {"role": "assistant", "content": answer.text}
+    end = {"finish_reason": "stop" if answer.finished else "length", "logprobs": None}
+    return {
+        "id": f"chatcmpl-{uuid.uuid4().hex}",
+        "object": "chat.completion.chunk" if stream else "chat.completion",
+        "created": int(time.time()),
+        "model": name,
+        "choices": [{"index": 0, "delta" if stream else "message": said, **end}],
+        "usage": {
+            "prompt_tokens": answer.prompt_tokens,
+            "completion_tokens": answer.tokens,
+            "total_tokens": answer.prompt_tokens + answer.tokens,
+        },
+        "score": answer.score,
+    }
+
+
 def make_app(critic: Critic, max_bytes: int) -> FastAPI:
     # its pages about itself would fetch scripts from the network
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
@@ -317,6 +354,14 @@ def make_app(critic: Critic, max_bytes: int) -> FastAPI:
         body, answer = await ask(request, question_of_responses)
         return as_response(body["model"], answer)
 
+    @app.post("/v1/chat/completions")
+    async def completions(request: Request) -> Response:
+        body, answer = await ask(request, question_of_completions)
+        said = as_completion(body["model"], answer, bool(body.get("stream")))
+        if body.get("stream"):
+            return Response(f"data: {json.dumps(said)}\n\ndata: [DONE]\n\n", media_type="text/event-stream")
+        return JSONResponse(said)
+
     @app.get("/v1/models")
     def models() -> dict:
         model = {"id": critic.name, "object": "model", "created": int(started.timestamp()), "owned_by": "local"}
@@ -357,11 +402,24 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def check_port(host: str, port: int):
+    """Sees that a server can listen there, before anything that takes long."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as uvicorn does: one that has just ended is none
+        try:
+            probe.bind((host, port))
+        except (OSError, OverflowError) as error:
+            taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+            why = "taken by another program, perhaps by Ollama" if taken else f"not to be had ({error})"
+            raise CannotStart(f"port {port} of {host} is {why}. Choose another by --port.") from error
+
+
 def main(argv: list[str] | None = None):
     args = parse_arguments(argv)
     if args.max_megapixels is not None:
         Image.MAX_IMAGE_PIXELS = int(args.max_megapixels * 1e6)
     try:
+        check_port(args.host, args.port)
         model, processor = start_model(args)
     except CannotStart as error:
         sys.exit(f"Cannot start: {error}")

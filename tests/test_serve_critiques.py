@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import socket
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -85,6 +86,11 @@ def photoprisms_ollama(image: str) -> dict:
     }
 
 
+def openais_chat(image: str) -> dict:
+    content = [{"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{image}"}}]
+    return {"model": "ase-mini", "messages": [{"role": "user", "content": content}]}
+
+
 def ollama_chat(*images: str) -> dict:
     message = {"role": "user", "content": "What do you think?", "images": list(images)}
     return {"model": "ase-mini", "messages": [message], "stream": False}
@@ -115,7 +121,19 @@ def test_openais_own_client_reads_it(client, critiques):
             "detail": "auto",
         }
         response = openai.responses.create(model="ase-mini", input=[{"role": "user", "content": [image]}])
+        content = [
+            {"type": "text", "text": "What do you think?"},
+            {"type": "image_url", "image_url": {"url": image["image_url"]}},
+        ]
+        asked = {"model": "ase-mini", "messages": [{"role": "user", "content": content}]}
+        whole = openai.chat.completions.create(**asked)
+        (cut,) = openai.chat.completions.create(**asked, max_tokens=5).choices
+        pieces = [piece.choices[0].delta.content for piece in openai.chat.completions.create(**asked, stream=True)]
     assert response.output_text == critiques[1]["caption"]
+    assert whole.choices[0].message.content == "".join(pieces) == critiques[1]["caption"]
+    assert (whole.choices[0].finish_reason, cut.finish_reason) == ("stop", "length")
+    assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
+    assert whole.score == pytest.approx(critiques[1]["score"], abs=1e-4)
 
 
 def test_photoprism_gets_a_critique_in_ollamas_form(client, critiques):
@@ -207,6 +225,7 @@ def the_words(answer, url: str) -> str:
 
 FORMS = {
     "/v1/responses": lambda image: photoprisms_openai(f"data:image/jpeg;base64,{image}"),
+    "/v1/chat/completions": openais_chat,
     "/api/generate": photoprisms_ollama,
     "/api/chat": ollama_chat,
 }
@@ -219,7 +238,7 @@ FORMS = {
         (lambda: in_base64(PHOTOS[0])[:-3] + "$$$", "not valid base64"),
         (lambda: base64.b64encode(PHOTOS[0].read_bytes()[:20_000]).decode(), "truncated"),
         (lambda: base64.b64encode(b"no picture at all").decode(), "not a JPEG"),
-        (lambda: "", "no text|0 bytes"),
+        (lambda: "", "0 bytes"),
     ],
 )
 def test_a_broken_photograph_is_refused_in_words(client, url, image, reason):
@@ -240,6 +259,11 @@ def test_a_broken_photograph_is_refused_in_words(client, url, image, reason):
         ("/v1/responses", {"text": 1}, 400, "`text` is not an object"),
         ("/v1/responses", {"model": "gpt-5-mini"}, 404, "'gpt-5-mini' here, only 'ase-mini'"),
         ("/v1/responses", {"max_output_tokens": "many"}, 400, "not 'many'"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Describe"}]}, 400, "no image"),
+        ("/v1/chat/completions", {"response_format": {"type": "json_object"}}, 400, "plain words"),
+        ("/v1/chat/completions", {"response_format": "text"}, 400, "`response_format` is not an object"),
+        ("/v1/chat/completions", {"max_tokens": "many"}, 400, "not 'many'"),
+        ("/api/generate", {"images": [None]}, 400, "no text"),
         ("/api/generate", {"images": []}, 400, "0 images"),
         ("/api/generate", {"images": ["", ""]}, 400, "2 images"),
         ("/api/generate", {"images": "abc"}, 400, "not a list"),
@@ -297,13 +321,23 @@ def test_the_command_serves_what_it_was_told(critic, monkeypatch):
     )
     monkeypatch.setattr(serve_critiques.uvicorn, "run", lambda app, **options: started.update(app=app, **options))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
-    options = "--model runs/My_critic --host 0.0.0.0 --port 5 --max-megabytes 0.5 --max-megapixels 2 --threads 3"
+    options = "--model runs/My_critic --host 0.0.0.0 --port 51434 --max-megabytes 0.5 --max-megapixels 2 --threads 3"
     serve_critiques.main([*options.split(), "--trust-remote-code"])
     assert (started["model"], started["trust_remote_code"], started["threads"]) == ("runs/My_critic", True, 3)
-    assert (started["host"], started["port"], Image.MAX_IMAGE_PIXELS) == ("0.0.0.0", 5, 2_000_000)
+    assert (started["host"], started["port"], Image.MAX_IMAGE_PIXELS) == ("0.0.0.0", 51434, 2_000_000)
     client = TestClient(started["app"])
     assert client.get("/v1/models").json()["data"][0]["id"] == "My_critic"
     assert client.post("/api/generate", content=b" " * 500_001).status_code == 413
+
+
+def test_a_port_that_is_taken_is_seen_before_a_model_is_loaded(monkeypatch):
+    monkeypatch.setattr(serve_critiques, "start_model", lambda args: pytest.fail("loaded"))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(SystemExit, match=f"Cannot start: port {port} of 127.0.0.1 is taken by another program"):
+            serve_critiques.main(["--port", str(port)])
+    with pytest.raises(SystemExit, match="Cannot start: port 70000 of"):
+        serve_critiques.main(["--port", "70000"])
 
 
 def test_what_makes_no_sense_is_refused(monkeypatch, capsys):
