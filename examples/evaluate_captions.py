@@ -16,7 +16,8 @@ has one of its own; `aspects` and `topic_scores` are numbers by the names of top
 `saliency` is a map: a .npy file, a picture, or rows of numbers; `fixations` are [x, y] in shares of width and height.
 `path` or `file_name` may stand for `image_id`: the path below the references' folder, whose suffix (.jpg, ...) does not
 count. A shorter or longer path will do where only one photograph can be meant. Paths are relative to the file that names
-them. Instead of such a file `--data` takes whatever aic_data.py reads. Lines and values that cannot be read are left out
+them. Instead of such a file `--data` takes whatever aic_data.py reads, of it the split `test`, which finetune.py leaves alone:
+what a model was trained on measures its memory. Lines and values that cannot be read are left out
 and counted with their numbers. Exit status: 0 measured, 2 could not start.
 
 Written to --out: report.md and report.json (the table), topics.png, scores.png, and what a model said. Beside each

@@ -52,18 +52,23 @@ PHOTO_SIDE = 2048  # longest side that is kept: the model sees less, the page an
 SHORTEST_SIDE = 16
 RAW_PREVIEW_SIDE = 1024  # a raw file's own preview will do from this length on
 
+SIDECAR_SUFFIXES = (".xmp", ".aae", ".pp3", ".dop")
 # What is in folders of photographs and is not read, in the words of the page
 KINDS = {
     **dict.fromkeys(HEIF_SUFFIXES, "HEIC (pip install pillow-heif, then they are read)"),
     **dict.fromkeys(RAW_SUFFIXES, "camera raw (pip install rawpy, then they are read)"),
     ".avif": "AVIF (this Pillow cannot read them)",
-    ".gif": "GIF",
-    ".bmp": "BMP",
-    ".jxl": "JPEG XL",
-    **dict.fromkeys([".jp2", ".j2k", ".jpx"], "JPEG 2000"),
-    **dict.fromkeys([".psd", ".psb", ".xcf", ".svg", ".ai", ".eps", ".pdf"], "drawing or layered file"),
-    **dict.fromkeys([".mov", ".mp4", ".m4v", ".avi", ".mts", ".m2ts", ".mkv", ".3gp", ".webm", ".mpg"], "video"),
-    **dict.fromkeys([".xmp", ".aae", ".pp3", ".dop"], "sidecar"),
+    ".gif": "GIF (not read: save as PNG)",
+    ".bmp": "BMP (not read: save as PNG)",
+    ".jxl": "JPEG XL (not read: save as JPEG)",
+    **dict.fromkeys([".jp2", ".j2k", ".jpx"], "JPEG 2000 (not read: save as JPEG)"),
+    **dict.fromkeys(
+        [".psd", ".psb", ".xcf", ".svg", ".ai", ".eps", ".pdf"], "drawing or layered file (not read: export as JPEG)"
+    ),
+    **dict.fromkeys(
+        [".mov", ".mp4", ".m4v", ".avi", ".mts", ".m2ts", ".mkv", ".3gp", ".webm", ".mpg"], "video (no photograph)"
+    ),
+    **dict.fromkeys(SIDECAR_SUFFIXES, "sidecar without its photograph"),
 }
 # Folders of thumbnails and of what was deleted, by the names that storage boxes and programs give them
 NOT_ALBUMS = {"@eadir", "#recycle", "@recycle", "#snapshot", "$recycle.bin", "system volume information", "lost+found"}
@@ -139,9 +144,9 @@ def find_photos(arguments: list[Path]) -> Found:
             read = [name.lower() for name in names if file_left_out(name) is None]
             described = {*read, *(os.path.splitext(name)[0] for name in read)}
             for name in sorted(names):
-                reason = file_left_out(name)
+                reason, (stem, suffix) = file_left_out(name), os.path.splitext(name.lower())
                 # what lies beside its photograph is left out no more than that one
-                if reason == "sidecar" and os.path.splitext(name)[0].lower() in described:
+                if suffix in SIDECAR_SUFFIXES and stem in described:
                     continue
                 if reason:
                     found.left_out[reason] += 1

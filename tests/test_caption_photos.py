@@ -121,6 +121,16 @@ def test_broken_files_are_named_and_the_rest_go_on(captioned):
         assert f"{captioned.folder / name}: {failed[name]}" in captioned.stderr
 
 
+def test_some_may_fail_if_it_is_said_so_and_not_all(captioned, tmp_path):
+    for name in ("text.jpg", GOOD[0]):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(captioned.folder / name, tmp_path / "photos" / name)
+        options = ["--model", captioned.checkpoint, "--out", tmp_path / "out", "--max-new-tokens", 4]
+        status, stderr = run(tmp_path / "photos", *options, "--some-may-fail")
+        assert status == (1 if name == "text.jpg" else 0) and "text.jpg: not a JPEG" in stderr
+    assert run(tmp_path / "photos", *options)[0] == 1
+
+
 def test_captions(captioned):
     records = {
         os.path.relpath(line["path"], captioned.folder): line for line in lines(captioned.out / "captions.jsonl")

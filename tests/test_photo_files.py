@@ -185,6 +185,12 @@ def test_what_changes_while_it_is_read_is_not_judged(tmp_path, monkeypatch):
     assert "changed while it was read" in photo_files.read_photo(tmp_path / "growing.png").reason
 
 
+@pytest.mark.parametrize(("name", "why"), [("anim.gif", "GIF (not read: save as PNG)"), ("a.mov", "no photograph")])
+def test_what_is_of_another_kind_says_why_it_is_not_read(tmp_path, name, why):
+    (tmp_path / name).write_bytes(b"GIF89a")
+    assert why in photo_files.read_photo(tmp_path / name).reason
+
+
 def test_nothing_waits_at_a_pipe(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     assert photo_files.read_photo(tmp_path / "pipe.jpg").reason == "not a file"
@@ -212,7 +218,7 @@ def test_what_is_left_out_is_counted_by_kind(tmp_path, monkeypatch):
         "camera raw": 3,
         "GIF": 2,
         "video": 1,
-        "sidecar": 1,
+        "sidecar without its photograph": 1,
         "other file": 2,
         "hidden file": 1,
         "hidden folder": 1,
