@@ -198,7 +198,10 @@ def load_references(args: argparse.Namespace) -> Rows:
     """References from any data set that aic_data.py reads; pictures by their paths."""
     splits, report = load(args.data, args.images, score_range=args.score_range, pccd_texts=args.pccd, verbose=False)
     if args.split not in splits:
-        raise ValueError(f"{args.data} has no split {args.split!r}, only {', '.join(splits)}:\n{report}")
+        raise ValueError(
+            f"{args.data} has no split {args.split!r}, only {', '.join(splits)}. What is measured should not have been trained "
+            f"on: name the split of its rows by a column `split`, or put it into a folder {args.split}.\n{report}"
+        )
     print(report)
     args.score_range = None  # they are on the scale 1 to 10 by now
     return [

@@ -98,7 +98,7 @@ def test_several_systems_against_one(tmp_path):
     assert "comparisons" not in figures(tmp_path / "out")["BLEU-1", "all"]
 
 
-def test_references_of_any_data_set(tmp_path):
+def test_references_of_any_data_set(tmp_path, capsys):
     texts = {"general_impression": "Soft light.", "focus": "Sharp."}
     rows = [{"title": f"{i}_hill", "overall": "7", "score": ["7"] * 7, **texts} for i in range(3)]
     (tmp_path / "guru_test.json").write_text(json.dumps(rows))
@@ -112,6 +112,9 @@ def test_references_of_any_data_set(tmp_path):
     found = figures(tmp_path / "out")
     assert found["BLEU-1", "all"]["systems"]["c"]["value"] == pytest.approx(1) and ("CIDEr of focus", "all") in found
     assert run(captions, "--data", tmp_path, "--split", "validation", "--out", tmp_path / "out") == 2
+    assert (
+        "no split 'validation', only test. What is measured should not have been trained on" in capsys.readouterr().err
+    )
 
 
 def test_a_photograph_of_several_questions(tmp_path):
