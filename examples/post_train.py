@@ -202,8 +202,13 @@ def load_model(args: ScriptArguments) -> PreTrainedModel:
 
 def main(argv: list[str] | None = None):
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] in (["-h"], ["--help"]):
+        print(
+            f"usage: post_train.py {{grpo,dpo}} [--help] ...\n{__doc__}\n`post_train.py grpo --help` lists its options."
+        )
+        raise SystemExit(0)
     if not argv or argv[0] not in ("grpo", "dpo"):
-        raise SystemExit(f"{__doc__}\nName the method first: grpo or dpo.")
+        raise SystemExit("Name the method first: post_train.py grpo or post_train.py dpo; --help says what they are.")
     config = GRPOConfig if argv[0] == "grpo" else DPOConfig
     parser = HfArgumentParser((ScriptArguments, config))
     parser.set_defaults(bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(), report_to="none")

@@ -8,9 +8,9 @@ say which, in words that vary as people's do, and its scores are lower. Pieces o
 model makes of it says that the procedure works, and nothing about photographs.
 """
 
+import argparse
 import json
 import random
-import sys
 from pathlib import Path
 
 import torch
@@ -144,5 +144,11 @@ def write_small(folder: Path) -> tuple[Path, Path]:
     return data, base
 
 
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where the data and the base go")
+    print(*write_small(parser.parse_args(argv).folder))
+
+
 if __name__ == "__main__":
-    print(*write_small(Path(sys.argv[1])))
+    main()

@@ -71,7 +71,8 @@ def test_the_small_data_have_faults_that_their_texts_name(tmp_path, monkeypatch)
     for topic, kinds in small_pccd.FAULTS.items():
         assert {entry[topic] for entry in entries} <= {text for texts in kinds.values() for text in texts}
     assert LlavaForConditionalGeneration.from_pretrained(base) and LlavaProcessor.from_pretrained(base)
-    again, _ = small_pccd.write_small(tmp_path / "again")
+    small_pccd.main([str(tmp_path / "again")])
+    again = tmp_path / "again" / "pccd"
     assert (again / "guru_test.json").read_bytes() == (data / "guru_test.json").read_bytes()
 
 

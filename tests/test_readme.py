@@ -15,6 +15,9 @@ from transformers import AutoModelForImageTextToText
 
 
 ROOT = Path(__file__).parents[1]
+EXAMPLES = [
+    path for path in sorted((ROOT / "examples").glob("*.py")) if "__main__" in path.read_text(encoding="utf-8")
+]
 
 
 @pytest.mark.slow
@@ -62,6 +65,16 @@ def test_usage_in_the_model_card_runs(monkeypatch, capsys):
     exec(block, {})
     answer = capsys.readouterr().out
     assert len(answer.split()) > 5 and "Critique" not in answer  # and not the prompt
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", [path.name for path in EXAMPLES if path.name != "serve_vllm.py"])
+def test_every_script_has_a_help(script, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / "examples" / script), run_name="__main__")
+    assert stopped.value.code == 0 and capsys.readouterr().out.startswith("usage: ") and not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
