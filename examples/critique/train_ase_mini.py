@@ -11,8 +11,9 @@ Stages, the last three by the standard `Trainer`; the encoder stays as it is:
     pictures    faults and styles on real photographs (`critique_sources.py` has fetched them) and what the encoder makes of
                 them, kept in `--work`
     text        the language model from nothing and all that lies between it and the module, on critiques of verdicts: of
-                the truth and of that of other pictures, with a few aspects turned over, so that the text follows the
-                verdict and not what usually goes with a picture. A few places of the picture are enough for that, and cheap
+                the truth with a few aspects turned over, and of that of other pictures with any faults, so that the text
+                follows the verdict and not what usually goes with a picture or a fault. A few places of the picture are
+                enough for that, and cheap
     module      the saliency module on the encoder's states: maps, aspects, scores
     whole       text again, of the module's own verdicts, with all places of the picture, as the model will see it
 
@@ -35,7 +36,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from critique_captions import ASPECTS, FAULTS, KINDS, compose_verdict, named_aspects
+from critique_captions import ASPECT_FAULTS, ASPECTS, FAULTS, KINDS, compose_verdict, named_aspects
 from critique_data import load_sources, make_sample
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -440,14 +441,18 @@ def turn_over(verdicts: torch.Tensor, generator: torch.Generator) -> torch.Tenso
 
 def draw_verdicts(found: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """
-    Verdicts `(variants, n, aspects)` to learn from: on the pictures, near those, and as many near those on other pictures.
+    Verdicts `(variants, n, aspects)` to learn from: on the pictures, near those, and as many of other pictures, in which a
+    quarter of the aspects has one of its faults, whatever the others have.
 
-    Where the text only ever follows verdicts that fit the picture, it says what is usual of such a picture when a verdict is
-    not, and be it the contrary.
+    Where the text only ever follows verdicts that fit a picture and each other, it says what is usual when one is not, and be
+    it the contrary: of too much colour in too little light, that it was pale and too bright.
     """
     own = [turn_over(found, generator) for _ in range(VARIANTS // 2 - 1)]
-    others = [found[torch.randperm(len(found), generator=generator)] for _ in range(VARIANTS // 2)]
-    return torch.stack([found, *own, *(turn_over(one, generator) for one in others)])
+    others = torch.stack([found[torch.randperm(len(found), generator=generator)] for _ in range(VARIANTS // 2)])
+    for faults in ASPECT_FAULTS.values():
+        drawn = torch.randint(4 * len(faults), others.shape[:2], generator=generator)
+        others[..., [ASPECTS.index(fault) for fault in faults]] = drawn.unsqueeze(-1) == torch.arange(len(faults))
+    return torch.cat([torch.stack([found, *own]), others])
 
 
 def write_critiques(
