@@ -17,6 +17,7 @@ from jinja2 import TemplateError
 from PIL import Image, ImageEnhance
 from transformers import AutoModelForImageTextToText, AutoProcessor, Dinov2Config, Dinov2Model
 
+from ase_mllm import read_photograph
 from ase_mllm.processing_ase import AESTHETIC_PROMPTS
 
 
@@ -46,6 +47,14 @@ def test_faults_are_named_and_lower_the_score():
     plain, dark = critique(model, processor, [photo, ImageEnhance.Brightness(photo).enhance(0.35)], [(8, 8)] * 2)
     assert "underexposed" in dark["caption"] and "underexposed" not in plain["caption"]
     assert dark["score"]["mean"] < plain["score"]["mean"] - 0.5
+
+
+def test_texts_of_the_bundled_photographs_say_just_what_the_labels_say():
+    model, processor = AutoModelForImageTextToText.from_pretrained(BUNDLE), AutoProcessor.from_pretrained(BUNDLE)
+    photos = [read_photograph(path) for path in sorted((ROOT / "examples" / "photos").glob("*.jpg"))]
+    assert len(photos) == 12
+    for said in critique(model, processor, photos, [(8, 8)] * len(photos), max_new_tokens=160):
+        assert named_aspects(said["caption"]) == {name for name, share in said["aspects"].items() if share > 0.5}
 
 
 def chat_of(*content: str, role: str = "user") -> dict:
