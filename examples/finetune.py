@@ -169,20 +169,25 @@ def parse_arguments() -> tuple[ScriptArguments, TrainingArguments]:
 # Model ---------------------------------------------------------------------------------------------------------------
 
 
+def has_branch(model: str) -> bool:
+    """Whether a folder or Hub id is an ASE checkpoint, and no base."""
+    return AutoConfig.from_pretrained(model).model_type == "ase"
+
+
 def load_model(args: ScriptArguments) -> PreTrainedModel:
     """
     Continues an ASE checkpoint or grafts a base; the added modules are in float32, for small steps to count. ZeRO-3 has
     one dtype for all that is trained, and float32 copies of its own.
     """
-    has_branch = AutoConfig.from_pretrained(args.model).model_type == "ase"
+    continues = has_branch(args.model)
     if args.graft == "none":
-        if has_branch or args.stage not in ("lora", "all"):
+        if continues or args.stage not in ("lora", "all"):
             raise ValueError(
                 f"`--graft none` trains a base without the saliency branch, by `--stage lora` or `all`; got stage "
-                f"{args.stage} of {args.model}{', which has the branch' if has_branch else ''}."
+                f"{args.stage} of {args.model}{', which has the branch' if continues else ''}."
             )
         return AutoModelForImageTextToText.from_pretrained(args.model, dtype=args.dtype)
-    if has_branch:
+    if continues:
         model = ASEForConditionalGeneration.from_pretrained(args.model, dtype=args.dtype)
         if (names := model.config.iasm_config.aspect_names) != args.aspect_names and args.aspect_names is not None:
             raise ValueError(
@@ -210,8 +215,7 @@ def would_unlearn_aspects(args: ScriptArguments, model: PreTrainedModel, rows: d
     All that the module says is read from the same tokens: bent towards scores and captions, they would go on to give labels,
     and wrong ones.
     """
-    has_branch = AutoConfig.from_pretrained(args.model).model_type == "ase"
-    if not has_branch or not model.config.iasm_config.num_aspects:
+    if not has_branch(args.model) or not model.config.iasm_config.num_aspects:
         return False
     told = rows.select_columns(["aspect_labels", "saliency"]).iter(batch_size=1000)
     return not any(one is not None for batch in told for values in batch.values() for one in values)

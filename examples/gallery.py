@@ -69,17 +69,16 @@ def common_folder(library: Library) -> str:
     return os.path.commonpath(folders) if folders else ""
 
 
-def title_of(library: Library) -> str:
+def title_of(folder: str) -> str:
     """The name of the folder that all photographs of the page are from, whichever run added them."""
-    return re.sub(r"[_-]+", " ", os.path.basename(common_folder(library))).strip() or "Photographs"
+    return re.sub(r"[_-]+", " ", os.path.basename(folder)).strip() or "Photographs"
 
 
-def index_rows(library: Library) -> Iterator[list[Any]]:
+def index_rows(library: Library, folder: str) -> Iterator[list[Any]]:
     """
     A photograph a row: name below the folder of all, address, caption, mean to sort by and as it is shown, spread,
     stars, aspects named, width, height, thumbnail, overlay, time taken, note.
     """
-    folder = common_folder(library)
     for row in library.results():
         aspects = sorted(row["aspects"], key=row["aspects"].get, reverse=True)
         yield [
@@ -119,7 +118,7 @@ def write_page(file: TextIO, **context: Any) -> None:
 
 def export(library: Library, left_out: Counter, date: str) -> tuple[Path, list[Path]]:
     """Writes captions.jsonl, failed.jsonl and the page anew; returns the page, and what was moved aside for them."""
-    models, count = [], 0
+    models, count, folder = [], 0, common_folder(library)
     for row in library.results():
         count += 1
         if row["model"] not in models:
@@ -127,7 +126,7 @@ def export(library: Library, left_out: Counter, date: str) -> tuple[Path, list[P
     failures: Iterator[Failure] = library.failures()
     listed = list(islice(failures, LISTED))
     context = {
-        "title": title_of(library),
+        "title": title_of(folder),
         "models": models,
         "date": date,
         "count": count,
@@ -138,7 +137,7 @@ def export(library: Library, left_out: Counter, date: str) -> tuple[Path, list[P
     aside = [
         library.publish("captions.jsonl", lambda file: write_captions(library, file)),
         library.publish("failed.jsonl", lambda file: write_failures(library, file)),
-        library.publish("gallery/index.js", lambda file: write_index(index_rows(library), file)),
+        library.publish("gallery/index.js", lambda file: write_index(index_rows(library, folder), file)),
         library.publish("gallery.html", lambda file: write_page(file, **context)),
     ]
     return library.folder / "gallery.html", [path for path in aside if path is not None]

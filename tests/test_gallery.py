@@ -83,18 +83,18 @@ def test_the_index_holds_all_that_is_shown(tmp_path):
 def test_a_score_is_rounded_once(tmp_path):
     with make_library(tmp_path, 1) as library:
         library.database.execute("UPDATE result SET score = 8.249")  # 8.25 by two digits, and that 8.3 in a browser
-        (row,) = gallery.index_rows(library)
+        (row,) = gallery.index_rows(library, gallery.common_folder(library))
     assert row[3:5] == [8.249, 8.2]
 
 
 def test_the_title_is_of_all_that_is_shown(tmp_path):
     with make_library(tmp_path, 2) as library:
-        assert gallery.title_of(library) == ALBUM
+        assert gallery.title_of(gallery.common_folder(library)) == ALBUM
         other = Photo(tmp_path / "summer_trip" / "a.jpg", Image.new("RGB", (2, 2)), 2, 2, Stamp(1, 1, f"{0:064}"))
         library.add([other])
-        assert gallery.title_of(library) == tmp_path.name.replace("_", " ").replace("-", " ")
+        assert gallery.title_of(gallery.common_folder(library)) == tmp_path.name.replace("_", " ").replace("-", " ")
         library.add([Photo(Path("/elsewhere/a.jpg"), other.image, 2, 2, other.stamp)])
-        assert gallery.title_of(library) == "Photographs"
+        assert gallery.title_of(gallery.common_folder(library)) == "Photographs"
 
 
 def test_lines_are_those_of_the_library(tmp_path):
