@@ -120,7 +120,7 @@ def test_training_and_evaluation_run_small(tmp_path, monkeypatch, critique_sourc
 
     def listen(*args, **options):
         given.add(options.get("image_token_budget"))
-        return critique(*args, **options)
+        return critique(*args, **{**options, "max_new_tokens": 4})  # so little trained, it would never end
 
     monkeypatch.setattr(evaluate_ase_mini, "critique", listen)
     evaluate_ase_mini.main()

@@ -275,6 +275,13 @@ def test_a_head_names_one_fault_an_aspect_and_always_a_placement():
     assert benchmark.decide(list(logits.values())) == {"overexposed", "subject_left_third"}
 
 
+@pytest.fixture
+def without_the_bundles_eyes(monkeypatch):
+    """How loud features are, without running the bundled model on pictures, which takes longer than a small run."""
+    monkeypatch.setattr(benchmark, "known_scale", lambda *_: torch.tensor(17.0))
+
+
+@pytest.mark.usefixtures("without_the_bundles_eyes")
 def test_it_runs_small_and_does_not_run_twice(args, tmp_path, monkeypatch, critique_sources, capsys):
     monkeypatch.setattr(benchmark, "load_sources", lambda split, directory: critique_sources[split])
     write = benchmark.write_captions
@@ -484,6 +491,7 @@ def test_budgets_are_drawn_for_each_batch(args):
     assert given[:2] == [None, None] and given[2] != given[3] and all(0.11 <= one <= 1 for one in given[2:])
 
 
+@pytest.mark.usefixtures("without_the_bundles_eyes")
 def test_the_cost_of_budgets_is_measured_small(args, tmp_path, monkeypatch, critique_sources, capsys):
     work, record = tmp_path / "work", tmp_path / "TOKENS.md"
     command = ["x", "--encoder", str(args.encoder), "--work", str(work)]

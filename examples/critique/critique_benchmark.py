@@ -397,17 +397,27 @@ def load_base(encoder: Path, layer: int, language_model: Path) -> InternVLForCon
     return base
 
 
+@lru_cache(maxsize=1)
 @torch.inference_mode()
-def match_scale(
-    base: InternVLForConditionalGeneration, processor: ASEProcessor, images: list[Image.Image], language_model: Path
-):
+def known_scale(language_model: Path, work: Path) -> torch.Tensor:
+    """Standard deviation of the image features that a bundle's language model has learned to read."""
+    bundle, processor = load_bundle(language_model), ASEProcessor.from_pretrained(language_model)
+    pixels = processor.image_processor(first_images(work), return_tensors="pt")["pixel_values"]
+    return torch.cat(list(bundle.get_image_features(pixels).pooler_output)).std()
+
+
+@torch.inference_mode()
+def match_scale(base: InternVLForConditionalGeneration, processor: ASEProcessor, args: argparse.Namespace):
     """A fresh projector gives features as large as those that the language model knows, or it does not learn to read."""
-    bundle, original = load_bundle(language_model), ASEProcessor.from_pretrained(language_model)
-    known = bundle.get_image_features(original.image_processor(images, return_tensors="pt")["pixel_values"])
-    pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+    pixels = processor.image_processor(first_images(args.work), return_tensors="pt")["pixel_values"]
     fresh = base.model.get_image_features(pixel_values=pixels, return_dict=True)
-    scale = torch.cat(list(known.pooler_output)).std() / torch.cat(list(fresh.pooler_output)).std()
+    scale = known_scale(args.language_model, args.work) / torch.cat(list(fresh.pooler_output)).std()
     base.model.multi_modal_projector.linear_2.weight.mul_(scale)
+
+
+def first_images(work: Path) -> list[Image.Image]:
+    images = Pictures(work, "train").columns["image"][:32].permute(0, 2, 3, 1).cpu().numpy()
+    return list(map(Image.fromarray, images))
 
 
 def graft(arm: str, base: PreTrainedModel, processor: ASEProcessor) -> PreTrainedModel:
@@ -440,8 +450,7 @@ def kept_layer(arm: str, args: argparse.Namespace) -> int:
 
 def build(arm: str, args: argparse.Namespace, processor: ASEProcessor) -> Learner:
     base = load_base(args.encoder, base_layer(arm, args), args.language_model)
-    images = Pictures(args.work, "train").columns["image"][:32].permute(0, 2, 3, 1).cpu().numpy()
-    match_scale(base, processor, list(map(Image.fromarray, images)), args.language_model)
+    match_scale(base, processor, args)
     kept = KeptStates(args, kept_layer(arm, args))
     learner = Learner(base, kept)
     learner.mllm = graft(arm, base, processor)  # places are probed while the encoder is whole
