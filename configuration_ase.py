@@ -84,6 +84,10 @@ class IASMConfig(_SavedWithCode):
             labels say: near the threshold it could not tell from the other tokens. Needs aspects.
         fine_statistics:
             Also measures light falloff and the directions of edges finely, for vignettes and tilts.
+        probe_tokens:
+            Adds two saliency tokens that are linear in what is read of the encoder, as a linear probe is: of the mean of its
+            states and of their coarse layout. What falls on the whole picture stands there plainly. Needs an encoder whose
+            states have known places.
         score_loss_weight, saliency_loss_weight, aspect_loss_weight:
             Weights of the squared earth mover's distance of the scores, of KL - CC of the map, and of the binary
             cross-entropy of the aspects. Each term only counts where its targets are given.
@@ -116,6 +120,7 @@ class IASMConfig(_SavedWithCode):
     aspect_names: list[str] | tuple[str, ...] | None = None
     verdict_token: bool = False
     fine_statistics: bool = False
+    probe_tokens: bool = False
     score_loss_weight: float | int = interval(min=0, exclude_max=True)(default=1.0)
     saliency_loss_weight: float | int = interval(min=0, exclude_max=True)(default=1.0)
     aspect_loss_weight: float | int = interval(min=0, exclude_max=True)(default=1.0)

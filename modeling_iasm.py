@@ -54,7 +54,8 @@ class IASMOutput(ModelOutput):
 
     Args:
         loss: Weighted sum of the terms below whose targets were given.
-        saliency_tokens: `(n, num_queries, hidden_size)`, what the encoder's patches attend to; one more with a verdict.
+        saliency_tokens: `(n, t, hidden_size)`, what the encoder's patches attend to: of the queries, then two of the probe
+            and one of the verdict, where the configuration has them.
         saliency_maps: `(n, h, w)`, probabilities over positions: each map sums to 1.
         saliency_map_sizes: `(n, 2)`, height and width of each map where they differ, else `None`; the maps are then
             padded with zeros on the right and below.
@@ -297,18 +298,35 @@ class SaliencyPyramid(nn.Module):
         return self.output(F.gelu(self.merge(F.gelu(merged))))
 
 
+class LinearProbe(nn.Module):
+    """Feature maps `(n, width, rows, columns)` of several layers to two tokens, of their mean and of their layout."""
+
+    grid, channels = 6, 32  # places along each side of the layout, and what is kept of each
+
+    def __init__(self, widths: list[int], size: int):
+        super().__init__()
+        self.mean = nn.Linear(sum(widths), size)
+        self.places = nn.Conv2d(sum(widths), self.channels, 1)
+        self.layout = nn.Linear(self.channels * self.grid**2, size)
+
+    def forward(self, feature_maps: list[torch.Tensor]) -> torch.Tensor:
+        means = torch.cat([features.mean((2, 3)) for features in feature_maps], dim=1)
+        places = torch.cat([F.adaptive_avg_pool2d(features, self.grid) for features in feature_maps], dim=1)
+        return torch.stack([self.mean(means), self.layout(self.places(places).flatten(1))], dim=1)
+
+
 class ImageAestheticSaliencyModule(ASEPreTrainedModel):
     """
     IASM: what is salient in a photograph, how it is lit and built, and how it would be rated.
 
-    States of the base's own encoder (or a backbone's feature maps) and photometric maps give two pyramids at stride 8, one
-    for the saliency map and one for the tokens, so that supervising the map does not bend the features that judge
-    sharpness. What differs from the rest of
-    the picture is measured, for the map alone. Six summary tokens say: features pooled under the map, around it and
-    everywhere; the map's place and extent with the photometry of what it covers and of the rest; the photometry of the
-    whole (two). Learned queries read them and the picture, and they alone are the saliency tokens and what scores and
-    aspects are read from: a cross-attention that does not yet choose between tokens would dilute what only one of them
-    knows.
+    States of the base's own encoder (or a backbone's feature maps) and photometric maps give two pyramids at stride 8,
+    one for the saliency map and one for the tokens, so that supervising the map does not bend the features that judge
+    sharpness. What differs from the rest of the picture is measured, for the map alone. Six summary tokens say:
+    features pooled under the map, around it and everywhere; the map's place and extent with the photometry of what it
+    covers and of the rest; the photometry of the whole (two). Learned queries read them and the picture, and they alone
+    are the saliency tokens and what scores and aspects are read from: a cross-attention that does not yet choose
+    between tokens would dilute what only one of them knows. With `probe_tokens` two more are linear in the encoder's
+    states.
     """
 
     config: IASMConfig
@@ -318,7 +336,7 @@ class ImageAestheticSaliencyModule(ASEPreTrainedModel):
     input_modalities = ("image",)
     supports_gradient_checkpointing = False
 
-    num_summary_tokens = 6
+    num_summary_tokens, num_probe_tokens = 6, 2
 
     def __init__(self, config: IASMConfig):
         super().__init__(config)
@@ -343,11 +361,17 @@ class ImageAestheticSaliencyModule(ASEPreTrainedModel):
         self.positions = nn.Conv2d(5, size, 1)
         self.query_norm = nn.LayerNorm(size)
         self.query_attention = SaliencyAttention(config, size, size, size, config.num_attention_heads)
-        self.token_types = nn.Parameter(torch.empty(self.num_summary_tokens + config.num_queries, size))
+        if config.probe_tokens and not widths:
+            raise ValueError(
+                "`probe_tokens` are made of an encoder's states, and `encoder_layers` names none to read."
+            )
+        self.probe = LinearProbe(widths, size) if config.probe_tokens else None
+        num_tokens = config.num_queries + self.num_probe_tokens * config.probe_tokens
+        self.token_types = nn.Parameter(torch.empty(self.num_summary_tokens + num_tokens, size))
         self.layers = nn.ModuleList([SaliencyTokenLayer(config) for _ in range(config.num_hidden_layers)])
         self.norm = nn.LayerNorm(size)
-        self.score_head = nn.Linear(config.num_queries * size, 10)
-        self.aspect_head = nn.Linear(config.num_queries * size, config.num_aspects) if config.num_aspects else None
+        self.score_head = nn.Linear(num_tokens * size, 10)
+        self.aspect_head = nn.Linear(num_tokens * size, config.num_aspects) if config.num_aspects else None
         self.verdict = nn.Linear(config.num_aspects, size) if config.verdict_token else None
         self.post_init()
 
@@ -409,14 +433,19 @@ class ImageAestheticSaliencyModule(ASEPreTrainedModel):
             dim=1,
         )
 
-    def make_saliency_tokens(self, features: torch.Tensor, summary: torch.Tensor) -> torch.Tensor:
-        """Saliency tokens `(n, num_queries, hidden_size)`: queries that have read the picture and its summary."""
+    def make_saliency_tokens(
+        self, features: torch.Tensor, summary: torch.Tensor, feature_maps: list[torch.Tensor]
+    ) -> torch.Tensor:
+        """Saliency tokens `(n, t, hidden_size)`: queries that have read the picture and its summary, and the probe's."""
         dtype = features.dtype
         coarse = F.avg_pool2d(features, 2)
         coarse = (coarse + self.positions(position_features(coarse))).flatten(2).transpose(1, 2)
         queries = self.queries.expand(features.shape[0], -1, -1).to(dtype)
         queries = queries + self.query_attention(queries, self.query_norm(coarse))
-        tokens = torch.cat([summary, queries], dim=1) + self.token_types.to(dtype)
+        tokens = [summary, queries]
+        if self.probe is not None:
+            tokens.append(self.probe(feature_maps[: len(self.encoder_norms)]))
+        tokens = torch.cat(tokens, dim=1) + self.token_types.to(dtype)
         for layer in self.layers:
             tokens = layer(tokens)
         return self.norm(tokens[:, self.num_summary_tokens :])
@@ -433,9 +462,8 @@ class ImageAestheticSaliencyModule(ASEPreTrainedModel):
         feature_maps = self.read_features(pixels, encoder_states)
         saliency_maps = self.predict_map(feature_maps, maps)
         features = self.pyramid(feature_maps, maps.to(dtype))
-        tokens = self.make_saliency_tokens(
-            features, self.make_summary_tokens(features, saliency_maps, maps, statistics)
-        )
+        summary = self.make_summary_tokens(features, saliency_maps, maps, statistics)
+        tokens = self.make_saliency_tokens(features, summary, feature_maps)
         aspect_logits = self.aspect_head(tokens.flatten(1)) if self.aspect_head is not None else None
         score_logits = self.score_head(tokens.flatten(1))
         if self.verdict is not None:

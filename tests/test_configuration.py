@@ -135,15 +135,16 @@ def test_a_verdict_token_says_what_the_aspect_head_decided():
     assert tiny_iasm().verdict is None
 
 
-def test_a_model_trains_and_is_saved_with_a_verdict_token(tmp_path):
-    iasm = {**IASM, "verdict_token": True, "fine_statistics": True}
+def test_a_model_trains_and_is_saved_with_every_further_token(tmp_path):
+    iasm = {**IASM, "verdict_token": True, "fine_statistics": True, "probe_tokens": True}
     base, inputs = tiny_base(), make_inputs()
     expected = base(**inputs).logits
     model = ASEForConditionalGeneration.from_mllm_pretrained(base, iasm_config=iasm)
     assert torch.equal(model(**inputs).logits, expected)
     open_gates(model)
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
-    assert model.model.iasm.verdict.weight.grad.abs().sum() > 0
+    for added in (model.model.iasm.verdict, model.model.iasm.probe.mean, model.model.iasm.probe.layout):
+        assert added.weight.grad.abs().sum() > 0
     model.save_pretrained(tmp_path)
     again = ASEForConditionalGeneration.from_pretrained(tmp_path).eval()
     assert torch.equal(again(**inputs).logits, model.eval()(**inputs).logits)

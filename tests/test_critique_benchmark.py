@@ -177,9 +177,10 @@ def test_arms_differ_as_they_say(args):
         arm: [getattr(config.iasm_config, f"{term}_loss_weight") for term in ("score", "aspect", "saliency")]
         for arm, config in configs.items()
     }
-    assert weights == {"ase": [5, 3, 1], "photometry": [5, 3, 1], "control": [5, 3, 0]}
+    assert weights == {"control": [5, 3, 0], **{arm: [5, 3, 1] for arm in ("photometry", "ase", "probe")}}
     read = {arm: config.iasm_config.encoder_layers for arm, config in configs.items()}
-    assert read == {"ase": [5], "control": [5], "photometry": []}
+    assert read == {"photometry": [], **{arm: [5] for arm in ("control", "ase", "probe")}}
+    assert [arm for arm, config in configs.items() if config.iasm_config.probe_tokens] == ["probe"]
     assert {tuple(config.fusion_layers) for config in configs.values()} == {(5, 6, 7)}
     sizes = {arm: sum(p.numel() for p in learner.mllm.parameters()) for arm, learner in learners.items()}
     assert sizes["ase"] == sizes["control"] > sizes["photometry"] > sizes["layer-8"]
@@ -317,11 +318,20 @@ def test_it_runs_small_and_does_not_run_twice(args, tmp_path, monkeypatch, criti
         if path.name != "layer-8-4-1.json":
             shutil.copy(path, bare)
     monkeypatch.setattr(benchmark, "make_data", lambda *args: pytest.fail("made pictures again"))
-    moved = [*command, "--work", str(bare), "--encoder", "nowhere", "--language-model", "nowhere"]
-    monkeypatch.setattr(sys, "argv", [*moved, "--finished"])
+    moved, fresh = (
+        [*command, "--work", str(bare), "--encoder", "nowhere", "--language-model", "nowhere"],
+        tmp_path / "x.md",
+    )
+    fresh.write_text("<!-- benchmark: begin -->\n<!-- benchmark: end -->\n")
+    monkeypatch.setattr(sys, "argv", [*moved, "--finished", "--record", str(fresh)])
     assert benchmark.main() == 1  # one is missing
-    record = json.loads(log.with_suffix(".json").read_text())
+    record = json.loads(fresh.with_suffix(".json").read_text())
     assert len(record["runs"]) == 5 and record["settings"]["encoder"] == "encoder"
+    monkeypatch.setattr(sys, "argv", [*moved, "--finished"])
+    assert benchmark.main() == 1 and log.read_text() == text  # a record keeps what it has
+    other = {**record, "settings": {**record["settings"], "warm_up": 9}}
+    fresh.with_suffix(".json").write_text(json.dumps(other))  # but not what was made otherwise
+    assert benchmark.read_record(fresh, record["settings"]) == {}
     monkeypatch.setattr(sys, "argv", [*moved, "--finished", "--seeds", "7"])
     with pytest.raises(SystemExit):
         benchmark.main()

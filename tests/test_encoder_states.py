@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText
 
 from ase_mllm import ASEConfig, ASEForConditionalGeneration, IASMConfig, ImageAestheticSaliencyModule
 from ase_mllm.image_encoders import find_image_encoder, probe_places
+from ase_mllm.modeling_iasm import LinearProbe
 
 
 # what these encoders do with their states: padding between tiles, windows, stages of different grids
@@ -193,3 +194,46 @@ def test_the_module_is_one_without_a_model():
     torch.testing.assert_close(alone.saliency_maps, together.saliency_maps)
     other = iasm(pixels, encoder_states=[states.flip(-1)])
     assert not torch.equal(other.saliency_maps, together.saliency_maps)
+
+
+# The linear probe ------------------------------------------------------------------------------------------------------
+
+
+def test_the_probes_tokens_are_linear_in_the_mean_and_in_the_layout():
+    probe, generator = LinearProbe([16, 8], 32), torch.Generator().manual_seed(0)
+    coarse, fine = (torch.randn(2, *shape, generator=generator) for shape in ((16, 5, 7), (8, 12, 12)))
+    tokens = probe([coarse, fine])
+    assert tokens.shape == (2, 2, 32)
+    halves = [probe([coarse, 0 * fine]), probe([0 * coarse, fine])]
+    torch.testing.assert_close(sum(halves) - probe([0 * coarse, 0 * fine]), tokens, atol=1e-5, rtol=1e-5)
+    turned = probe([coarse, fine.flip(-1)])
+    torch.testing.assert_close(turned[:, 0], tokens[:, 0])
+    assert not torch.allclose(turned[:, 1], tokens[:, 1])
+    within_a_place = fine.unflatten(-1, (6, 2)).flip(-1).flatten(-2)
+    torch.testing.assert_close(probe([coarse, within_a_place]), tokens)
+
+
+def test_probe_tokens_stand_between_the_queries_and_the_verdict():
+    base, inputs = tiny_base(), make_inputs()
+    expected = base(**inputs).logits
+    model = graft(base, iasm_config={**IASM, "probe_tokens": True, "verdict_token": True})
+    assert torch.equal(model(**inputs).logits, expected)
+    logits, iasm = open_gates(model)(**inputs).logits, model.model.iasm
+    states = [torch.randn(2, 32, 4, 4, generator=torch.Generator().manual_seed(0))]
+    seen = iasm(inputs["pixel_values"], encoder_states=states)
+    assert seen.saliency_tokens.shape[1] == IASM["num_queries"] + 3
+    torch.testing.assert_close(
+        seen.saliency_tokens[:, -1], iasm.verdict(torch.where(seen.aspect_logits > 0, 1.0, -1.0))
+    )
+    with torch.no_grad():
+        iasm.probe.layout.weight.mul_(5)
+    other = iasm(inputs["pixel_values"], encoder_states=states)
+    assert torch.equal(other.saliency_maps, seen.saliency_maps)
+    assert not torch.allclose(other.aspect_logits, seen.aspect_logits)
+    assert not torch.allclose(model(**inputs).logits, logits)
+
+
+def test_without_an_encoder_to_read_there_is_no_probe():
+    with pytest.raises(ValueError, match="`probe_tokens` are made of an encoder's states"):
+        graft(tiny_base(), iasm_config={**IASM, "probe_tokens": True, "encoder_layers": []})
+    assert graft(tiny_base()).model.iasm.probe is None

@@ -24,6 +24,7 @@ and so has the one reference. What a caption says is read from its words (`criti
     photometry     the saliency branch on photometry of the pixels alone, its map supervised
     control        the saliency branch without map targets: the same parameters and compute, a free attention map
     ase            ASE: the module reads the encoder's layer 6 beside photometry, the map is supervised
+    probe          the same, with `probe_tokens`
 
 The encoder is frozen, so what its lower layers give is computed once and kept. With `--train-encoder` every arm also
 trains the layers above the sixth. `--curve` repeats the last part with other numbers of captions. Tested are held-out
@@ -31,7 +32,8 @@ photographs and cut-outs with the generator's faults (`test`) and with those of 
 
 Where there is a GPU, pictures, kept states and runs are on it, `--jobs` runs at once; `--workers` processes make pictures.
 Finished runs are kept in `--work` and not run again; `--finished` runs none and makes the tables of those that are there,
-with nothing but their files. Needs the extra `evaluation`.
+with nothing but their files. A table that is recorded keeps the runs of the same settings that its JSON names already.
+Needs the extra `evaluation`.
 """
 
 import argparse
@@ -95,6 +97,7 @@ GRAFTS = {
     "photometry": {"encoder_layers": []},
     "control": {"encoder_layers": [READ - 1], "saliency_loss_weight": 0.0},
     "ase": {"encoder_layers": [READ - 1]},
+    "probe": {"encoder_layers": [READ - 1], "probe_tokens": True},
 }
 ARMS = (*LAYER_ARMS, "longer", *GRAFTS)
 LONGER = 2
@@ -621,6 +624,16 @@ def make_data(args: argparse.Namespace, arms: set[str]):
         keep_states(args, split, {kept_layer(arm, args) for arm in arms})
 
 
+def read_record(record: Path | None, settings: dict[str, Any]) -> Figures:
+    """The figures beside a recorded table, of the runs of the same settings."""
+    if record is None or not record.with_suffix(".json").exists():
+        return {}
+    before = json.loads(record.with_suffix(".json").read_text(encoding="utf-8"))
+    if before["settings"] != settings:
+        return {}
+    return {(run.pop("arm"), run.pop("captions"), run.pop("seed")): run for run in before["runs"]}
+
+
 def run_all(args: argparse.Namespace, runs: list[tuple[str, int, int]]) -> dict[tuple[str, int, int], dict[str, Any]]:
     """What all runs gave, `--jobs` at once, in any order. One that fails takes no other with it."""
     results, failed = {}, {}
@@ -701,8 +714,8 @@ def main() -> int:
         results = run_all(args, runs)
     if not results:
         parser.error(f"of {len(runs)} runs none is finished in {args.work}")
-    figures: Figures = {
-        run: {test: figures_of(results[run], test) for test in args.tests} for run in runs if run in results
+    figures = read_record(args.record, settings) | {
+        run: {test: figures_of(result, test) for test in args.tests} for run, result in results.items()
     }
     text = as_markdown(figures, args.samples, settings, ARMS)
     print(text)

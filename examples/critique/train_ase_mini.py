@@ -296,6 +296,7 @@ def build_model(processor: ASEProcessor, encoder: Path) -> ASEForConditionalGene
             "aspect_names": list(ASPECTS),
             "verdict_token": True,
             "fine_statistics": True,
+            "probe_tokens": True,
             **WEIGHTS,
         },
         fusion_layers=[DEPTH - 1],
