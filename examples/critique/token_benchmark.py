@@ -25,6 +25,8 @@ import argparse
 import json
 import random
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -162,49 +164,65 @@ def run(args: argparse.Namespace, of: tuple[int, str]) -> dict[str, list[str]]:
     train(lesson, pictures, Collator(pictures, processor), seed, args)
     learner.eval()
     test = Pictures(args.work, "test", args.test_pictures)
-    captions = {"all": write(learner, test, processor, args)}
+    captions = {"all": write(learner, test, processor)}
     for budget in BUDGETS:
         for selection in args.selections:
-            if selection != "smaller picture" or budget in SMALLER:
-                captions[f"{budget:.0%}, {selection}"] = write(learner, test, processor, args, budget, selection)
+            way = f"{budget:.0%}, {selection}"
+            if selection != "smaller picture":
+                with chosen_by(selection, budget, learner):
+                    captions[way] = write(learner, test, processor, budget)
+            elif budget in SMALLER:
+                captions[way] = write_of_smaller(learner, test, processor, args.encoder, SMALLER[budget])
     path.write_text(json.dumps(captions, indent=1), encoding="utf-8")
     print(*of, {name: np.mean([len(one) for one in said]) for name, said in captions.items()}, flush=True)
     return captions
 
 
-@torch.inference_mode()
-def write(
-    learner: Learner,
-    pictures: Pictures,
-    processor: ASEProcessor,
-    args: argparse.Namespace,
-    budget: float | None = None,
-    selection: str = "diverse",
-) -> list[str]:
-    """Captions of all pictures, within the budget, whose tokens are chosen this way."""
-    torch.manual_seed(0)  # of a random choice
-    model, base, prompt = learner.mllm, learner.mllm.model.mllm.model, prompt_tokens(processor)
-    collator, states, captions, hooked = Collator(pictures, processor, captions=False), None, [], None
-    learner.kept.open("test")
+@contextmanager
+def chosen_by(selection: str, budget: float, learner: Learner) -> Iterator[None]:
+    """The learner's model chooses image tokens this way."""
+    base, config, handle = learner.mllm.model.mllm.model, learner.mllm.config, None
     if selection == "pooled":
-        hooked = PooledFeatures(base.multi_modal_projector, BLOCKS[budget])
+        handle = PooledFeatures(base.multi_modal_projector, BLOCKS[budget]).handle
     elif selection == "attention":
-        hooked = ClassAttention(base.vision_tower.encoder.layer[-1])
-        image_tokens._SELECT["attention"] = hooked.choose
-    elif selection == "smaller picture":
-        side, states, budget = SMALLER[budget], load_tower(args.encoder, READ).eval().to(device()), None
-        is_image = prompt == processor.image_token_id
-        prompt = torch.cat([prompt[is_image][: side**2], prompt[~is_image]])
-    model.config.image_token_selection = selection if budget else "diverse"
+        seen = ClassAttention(base.vision_tower.encoder.layer[-1])
+        image_tokens._SELECT["attention"], handle = seen.choose, seen.handle
+    before, config.image_token_selection = config.image_token_selection, selection
+    yield
+    config.image_token_selection = before
+    if handle is not None:
+        handle.remove()
+
+
+@torch.inference_mode()
+def write(learner: Learner, pictures: Pictures, processor: ASEProcessor, budget: float | None = None) -> list[str]:
+    """Captions of all pictures, with all image tokens or within a budget."""
+    torch.manual_seed(0)  # of a random choice
+    collator, captions = Collator(pictures, processor, captions=False), []
+    learner.kept.open("test")
     for rows in torch.arange(len(pictures)).split(TESTED):
         pixels = collator(rows.tolist())["pixel_values"]
         learner.kept.choose(rows)
-        if states is not None:
-            pixels = F.interpolate(pixels, size=side * MERGED * 14, mode="bicubic", antialias=True)
-            learner.kept.current = states(pixels, output_hidden_states=True).hidden_states[READ]
-        captions += caption_pictures(model, processor, prompt, pixels, image_token_budget=budget)
-    if hooked is not None:
-        hooked.handle.remove()
+        captions += caption_pictures(
+            learner.mllm, processor, prompt_tokens(processor), pixels, image_token_budget=budget
+        )
+    return captions
+
+
+@torch.inference_mode()
+def write_of_smaller(
+    learner: Learner, pictures: Pictures, processor: ASEProcessor, encoder: Path, side: int
+) -> list[str]:
+    """Captions of pictures shrunk to so many image tokens a side, with all of those."""
+    lower, prompt = load_tower(encoder, READ).eval().to(device()), prompt_tokens(processor)
+    is_image = prompt == processor.image_token_id
+    prompt = torch.cat([prompt[is_image][: side**2], prompt[~is_image]])
+    collator, captions = Collator(pictures, processor, captions=False), []
+    for rows in torch.arange(len(pictures)).split(TESTED):
+        pixels = collator(rows.tolist())["pixel_values"]
+        pixels = F.interpolate(pixels, size=side * MERGED * 14, mode="bicubic", antialias=True)
+        learner.kept.current = lower(pixels, output_hidden_states=True).hidden_states[READ]
+        captions += caption_pictures(learner.mllm, processor, prompt, pixels)
     return captions
 
 

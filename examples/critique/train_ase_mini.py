@@ -549,7 +549,7 @@ def train_stage(stage: str, lesson: nn.Module, args: argparse.Namespace):
         seed=args.seed,
     )
     clock = Clock(args.minutes)
-    optimizer = make_optimizer(lesson, LEARNING_RATES[stage], gates=10, iasm=1.0)
+    optimizer = make_optimizer(lesson, args.learning_rate or LEARNING_RATES[stage], gates=10, iasm=1.0)
 
     def rate(step: int) -> float:
         done = min(1.0, max(step / steps, clock.spent()))
@@ -611,6 +611,9 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--samples", type=int, help="samples seen in each stage (default: as the bundled model)")
     parser.add_argument("--minutes", type=float, default=1e6, help="at most, of each stage")
     parser.add_argument("--batch-size", type=int, help="(default: as the bundled model)")
+    parser.add_argument(
+        "--learning-rate", type=float, help="the highest of each stage (default: as the bundled model from nothing)"
+    )
     parser.add_argument("--bf16", action="store_true", help="on a CPU too: faster where it has AMX")
     parser.add_argument("--workers", type=int, default=2, help="processes that make pictures and critiques")
     parser.add_argument("--seed", type=int, default=0)
