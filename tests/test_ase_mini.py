@@ -197,12 +197,18 @@ def test_a_text_learns_the_verdict_that_it_is_given(lesson):
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_a_stage_computes_in_bfloat16_where_it_is_told(lesson, bf16, tmp_path):
-    seen = []
+def test_a_stage_computes_in_bfloat16_and_at_the_rate_that_it_is_told(lesson, bf16, tmp_path, monkeypatch):
+    seen, rates, make = [], [], train_ase_mini.make_optimizer
+    monkeypatch.setattr(
+        train_ase_mini,
+        "make_optimizer",
+        lambda model, rate, **ratios: rates.append(rate) or make(model, rate, **ratios),
+    )
     lesson[1].verdict.register_forward_pre_hook(lambda module, args: seen.append(torch.is_autocast_enabled("cpu")))
-    args = SimpleNamespace(work=tmp_path, samples=4, batch_size=2, minutes=1, seed=0, bf16=bf16)
+    rate = 1e-5 if bf16 else None
+    args = SimpleNamespace(work=tmp_path, samples=4, batch_size=2, minutes=1, seed=0, bf16=bf16, learning_rate=rate)
     train_ase_mini.train_stage("whole", lesson[1], args)
-    assert seen == [bf16] * 2
+    assert seen == [bf16] * 2 and rates == [rate or train_ase_mini.LEARNING_RATES["whole"]]
 
 
 def test_batches_are_of_texts_of_a_length_and_hold_each_row_as_often():
