@@ -85,8 +85,8 @@ class IASMConfig(_SavedWithCode):
         fine_statistics:
             Also measures light falloff and the directions of edges finely, for vignettes and tilts.
         probe_tokens:
-            Adds two saliency tokens that are linear in what is read of the encoder, as a linear probe is: of the mean of its
-            states and of their coarse layout. What falls on the whole picture stands there plainly. Needs an encoder whose
+            Adds two saliency tokens that begin as linear readings of the encoder's states, as of a linear probe: of their mean
+            and of their coarse layout. The layers then let them and the queries read each other. Needs an encoder whose
             states have known places.
         score_loss_weight, saliency_loss_weight, aspect_loss_weight:
             Weights of the squared earth mover's distance of the scores, of KL - CC of the map, and of the binary

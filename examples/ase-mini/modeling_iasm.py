@@ -325,8 +325,8 @@ class ImageAestheticSaliencyModule(ASEPreTrainedModel):
     features pooled under the map, around it and everywhere; the map's place and extent with the photometry of what it
     covers and of the rest; the photometry of the whole (two). Learned queries read them and the picture, and they alone
     are the saliency tokens and what scores and aspects are read from: a cross-attention that does not yet choose
-    between tokens would dilute what only one of them knows. With `probe_tokens` two more are linear in the encoder's
-    states.
+    between tokens would dilute what only one of them knows. With `probe_tokens` two more begin as linear readings of the
+    encoder's states.
     """
 
     config: IASMConfig
