@@ -224,6 +224,13 @@ def test_every_selection_keeps_as_many(selection, budget):
     assert [len(row) for row in kept] == [kept_number(16, budget)] * 3
 
 
+def test_mixed_precision_chooses_the_same_tokens():
+    features, maps = torch.randn(64, 24) + 8 * torch.randn(24), [torch.rand(9, 11)]
+    plain = chosen(features, maps, [(8, 8)], 0.5, "diverse")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert chosen(features, maps, [(8, 8)], 0.5, "diverse") == plain
+
+
 def test_what_was_kept_is_drawn_on_the_photograph():
     model, processor = open_gates(tiny_model()).eval(), tiny_processor()
     photo = Image.effect_noise((96, 64), 60).convert("RGB").point(lambda code: max(code, 40))

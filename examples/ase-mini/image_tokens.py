@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils.generic import maybe_autocast
 
 
 RIDGE = 1e-3  # of what no other token has: keeps choosing where there are more tokens than dimensions
@@ -75,7 +76,8 @@ def choose_tokens(
     for length in dict.fromkeys(lengths):  # one batch for all images of one length
         chosen = [i for i, one in enumerate(lengths) if one == length]
         batch, weights = (torch.stack([parts[i] for i in chosen]) for parts in (features, quality))
-        indices = _SELECT[selection](batch, weights, kept_number(length, budget))
+        with maybe_autocast(weights.device.type, enabled=False):  # in bfloat16 likeness is too coarse to choose by
+            indices = _SELECT[selection](batch, weights, kept_number(length, budget))
         mask = torch.zeros(weights.shape, dtype=torch.bool, device=weights.device).scatter_(1, indices, True)
         for i, one in zip(chosen, mask):
             kept[i] = one
@@ -106,10 +108,10 @@ def _diverse(features: torch.Tensor, quality: torch.Tensor, number: int) -> torc
         best = gains.argmax(1)
         chosen.append(best)
         known = spans[:, :step]
-        rest = kernel[rows, best] - (known * known[rows, :, best].unsqueeze(-1)).sum(1)
+        rest = kernel[rows, best] - (known[rows, :, best].unsqueeze(1) @ known).squeeze(1)
         spans[:, step] = rest / gains[rows, best].clamp(min=1e-9).sqrt().unsqueeze(-1)
         gains = gains - spans[:, step].square()
-        gains[rows, torch.stack(chosen, dim=0)] = -torch.inf
+        gains[rows, best] = -torch.inf  # and so it stays
     return torch.stack(chosen, dim=1)
 
 
