@@ -26,10 +26,17 @@ def _colour_planes(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return luma, torch.cat([pixels[:, 2:3] - luma, pixels[:, 0:1] - luma], dim=1)
 
 
-def _detail(plane: torch.Tensor, stride: int) -> torch.Tensor:
+def _smooth(plane: torch.Tensor) -> torch.Tensor:
+    """The 3x3 mean, without a margin: two pixels less along each side."""
+    # sums of slices: on a CPU a pooling of one plane takes several times as long
+    rows = plane[..., :-2, :] + plane[..., 1:-1, :] + plane[..., 2:, :]
+    return (rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]) / 9
+
+
+def _detail(planes: torch.Tensor, stride: int) -> torch.Tensor:
     """Log mean absolute difference from the 3x3 mean, per cell of `stride` pixels, about -1 to 1."""
-    padded = F.pad(plane, (1, 1, 1, 1), mode="replicate")
-    return (F.avg_pool2d((plane - F.avg_pool2d(padded, 3, 1)).abs(), stride) + 1e-4).log() / 3 + 1.5
+    smooth = _smooth(F.pad(planes, (1, 1, 1, 1), mode="replicate"))
+    return (F.avg_pool2d((planes - smooth).abs(), stride) + 1e-4).log() / 3 + 1.5
 
 
 def photometric_maps(pixels: torch.Tensor) -> torch.Tensor:
@@ -40,23 +47,24 @@ def photometric_maps(pixels: torch.Tensor) -> torch.Tensor:
     scales, colour detail, and how fast detail falls from the finest scale to the next.
     """
     luma, chroma = _colour_planes(pixels)
-    mean = F.avg_pool2d(luma, SALIENCY_STRIDE)
-    spread = (F.avg_pool2d(luma.square(), SALIENCY_STRIDE) - mean.square()).clamp(min=1e-6).sqrt()
-    saturation = pixels.amax(1, keepdim=True) - pixels.amin(1, keepdim=True)
+    red, green, blue = pixels.split(1, dim=1)
+    saturation = red.maximum(green).maximum(blue) - red.minimum(green).minimum(blue)
+    planes = torch.cat([luma, chroma, saturation, luma.square()], dim=1)
+    mean, colour, saturated, square = F.avg_pool2d(planes, SALIENCY_STRIDE).split([1, 2, 1, 1], dim=1)
+    spread = (square - mean.square()).clamp(min=1e-6).sqrt()
+    fine, colour_detail = _detail(planes[:, :3], SALIENCY_STRIDE).split([1, 2], dim=1)
     half = F.avg_pool2d(luma, 2)
-    details = [
-        _detail(luma, SALIENCY_STRIDE),
-        _detail(half, SALIENCY_STRIDE // 2),
-        _detail(F.avg_pool2d(half, 2), SALIENCY_STRIDE // 4),
-    ]
+    middle, coarse = _detail(half, SALIENCY_STRIDE // 2), _detail(F.avg_pool2d(half, 2), SALIENCY_STRIDE // 4)
     maps = [
         mean * 2 - 1,
-        F.avg_pool2d(chroma, SALIENCY_STRIDE) * 4,
-        F.avg_pool2d(saturation, SALIENCY_STRIDE) * 2,
+        colour * 4,
+        saturated * 2,
         spread * 4,
-        *details,
-        _detail(chroma, SALIENCY_STRIDE).mean(1, keepdim=True),
-        (details[0] - details[1]) * 2,
+        fine,
+        middle,
+        coarse,
+        colour_detail.mean(1, keepdim=True),
+        (fine - middle) * 2,
     ]
     return torch.cat(maps, dim=1)
 
@@ -146,10 +154,10 @@ def _edge_directions(luma: torch.Tensor) -> torch.Tensor:
     dx = dx[..., 1:-1, 2:] - dx[..., 1:-1, :-2]
     size = (dx.square() + dy.square()).flatten(1)
     angle = torch.atan2(dy, dx).flatten(1)
-    moments = []
-    for order in (2, 4, 8, 12, 16, 20, 24, 28, 32, 36):
-        moments += [(size * (order * angle).cos()).sum(1), (size * (order * angle).sin()).sum(1)]
-    return torch.stack(moments, dim=1) / (size.sum(1, keepdim=True) + 1e-4) * 3
+    orders = torch.tensor([2, 4, 8, 12, 16, 20, 24, 28, 32, 36], dtype=luma.dtype)
+    angles = angle.unsqueeze(1) * orders.to(luma.device, non_blocking=True).view(1, -1, 1)
+    moments = torch.stack([angles.cos(), angles.sin()], dim=2).flatten(1, 2) @ size.unsqueeze(2)
+    return moments.squeeze(2) / (size.sum(1, keepdim=True) + 1e-4) * 3
 
 
 def fine_statistics(pixels: torch.Tensor) -> torch.Tensor:
@@ -170,7 +178,7 @@ def _straight_edges(luma: torch.Tensor) -> torch.Tensor:
     The structure tensor of gradients of a low-passed picture, averaged over cells; a cell counts by its coherence, which
     is 1 for one straight edge and 0 for texture (Bigun and Granlund, 1987).
     """
-    smooth = F.avg_pool2d(F.avg_pool2d(luma, 3, 1), 3, 1)
+    smooth = _smooth(_smooth(luma))
     dx = smooth[..., 1:-1, 2:] - smooth[..., 1:-1, :-2]
     dy = smooth[..., 2:, 1:-1] - smooth[..., :-2, 1:-1]
     products = torch.cat([dx.square(), dy.square(), dx * dy], dim=1)
@@ -197,7 +205,7 @@ def _radial_gradients(luma: torch.Tensor) -> torch.Tensor:
     outer rings a little; a dark corner of the scene moves a few by much, which squeezing leaves out.
     """
     light = (F.avg_pool2d(luma, 4) + 0.02).log()
-    light = F.avg_pool2d(light, 3, 1)[:, 0]
+    light = _smooth(light)[:, 0]
     dx, dy = light[:, 1:-1, 2:] - light[:, 1:-1, :-2], light[:, 2:, 1:-1] - light[:, :-2, 1:-1]
     height, width = dx.shape[1:]
     x, y = _positions(dx)
