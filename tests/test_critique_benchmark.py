@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import random
 import shutil
 import sys
@@ -13,6 +12,7 @@ import pytest
 import token_benchmark as tokens
 import torch
 from critique_captions import FAULTS
+from failing_runs import failing_run
 from PIL import Image
 from transformers import Dinov2Config, Dinov2Model
 
@@ -345,15 +345,6 @@ def test_it_runs_small_and_does_not_run_twice(args, tmp_path, monkeypatch, criti
     with pytest.raises(SystemExit):
         benchmark.main()
     assert "other settings" in capsys.readouterr().err
-
-
-def failing_run(args, run):
-    """In a process of its own: one arm fails, one is killed."""
-    if run[0] == "longer":
-        raise ValueError("no luck")
-    if run[0] == "control":
-        os._exit(1)
-    return {"arm": run[0]}
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
