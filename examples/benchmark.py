@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from math import isqrt
 from pathlib import Path
 
 import torch
@@ -127,6 +128,7 @@ def llava_config(name: str) -> PreTrainedConfig:
         vision_config={**vision, "image_size": image_size, "patch_size": 14},
         text_config={**text, "tie_word_embeddings": True},
         image_token_index=text["vocab_size"] - 1,
+        image_seq_length=(image_size // 14) ** 2,
         tie_word_embeddings=True,
     )
 
@@ -145,11 +147,11 @@ def make_pair(name: str, folder: Path, dtype: torch.dtype) -> None:
 
 
 def make_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """One image of the encoder's size and a prompt."""
+    """One image of the size that the model is used with, and a prompt."""
     config = getattr(model.config, "mllm_config", model.config)
-    vision = config.vision_config
-    image = torch.randn(1, 3, vision.image_size, vision.image_size, dtype=model.dtype)
-    patches = (vision.image_size // vision.patch_size) ** 2
+    patches = config.image_seq_length
+    side = isqrt(patches) * config.vision_config.patch_size  # an encoder may have been trained on larger pictures
+    image = torch.randn(1, 3, side, side, dtype=model.dtype)
     ids = [config.image_token_id] * patches + [1] * PROMPT_TOKENS
     return {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)), "pixel_values": image}
 

@@ -123,6 +123,7 @@ def tiny_config(encoder: str = "clip", **kwargs) -> LlavaConfig:
     )
     strategy = "default" if encoder == "clip" else "full"
     arguments = {"image_token_index": 4, "vision_feature_select_strategy": strategy, "vision_feature_layer": -2}
+    arguments["image_seq_length"] = IMAGE_TOKENS
     return LlavaConfig(vision_config=vision, text_config=text, **{**arguments, **kwargs})
 
 

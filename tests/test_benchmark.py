@@ -34,6 +34,14 @@ def test_every_task_is_timed_for_base_and_graft(pair):
     assert (text[0] - text[2]) / (text[0] - text[1]) == pytest.approx(less[2] / less[1], rel=0.1)
 
 
+@pytest.mark.parametrize(("tokens", "side"), [(16, 32), (4, 16)])
+def test_the_picture_is_as_large_as_the_prompt_has_tokens(tokens, side):
+    """The bundled model looks at pictures smaller than those that its encoder was trained on."""
+    inputs = benchmark.make_inputs(tiny_base(image_seq_length=tokens))
+    assert inputs["pixel_values"].shape == (1, 3, side, side)
+    assert (inputs["input_ids"] == 4).sum() == tokens
+
+
 @pytest.mark.slow
 def test_the_peak_of_a_process_is_its_own(pair):
     ballast = torch.ones(400_000_000 // 4)  # the parent's memory must not count
