@@ -5,8 +5,9 @@ What the saliency branch costs: every figure as a ratio to the base model, both 
     python examples/benchmark.py --models mini --repeats 3  # a minute
     python examples/benchmark.py --card README.md           # writes the tables into a Markdown file too
 
-Times are medians over repeats in which base and graft take turns; memory is the peak of a fresh process for each;
-FLOPs and parameters of published shapes are counted without weights. Writes `benchmark.md` and `benchmark.json`.
+Times are medians over repeats in which base and graft take turns; memory is the peak of a fresh process for each, and
+that of the cache the keys and values of a prompt; FLOPs and parameters of published shapes are counted without weights.
+The last columns are the same ratios within a budget of image tokens. Writes `benchmark.md` and `benchmark.json`.
 """
 
 import argparse
@@ -42,6 +43,7 @@ DTYPES = {"mini": torch.float32, "vit-s-224": torch.float32, "clip-l-336": torch
 PROMPT_TOKENS = 64
 # by a row's first word; the others are seconds
 UNITS = {"memory": ("{:.3g} MB", 1e-6), "operations": ("{:.4g} GFLOP", 1e-9)}
+WITHIN = " | ".join(f"{budget:.0%}" for budget in BUDGETS) + " of the image tokens"  # heads of the last columns
 MARKS = "<!-- benchmark: written by examples/benchmark.py -->", "<!-- end of benchmark -->"
 
 
@@ -184,22 +186,19 @@ def cache_bytes(model: PreTrainedModel, inputs: dict[str, torch.Tensor], **optio
     return sum(states.nbytes for layer in cache.layers for states in (layer.keys, layer.values))
 
 
-def measure_budgets(models: dict, inputs: dict, repeats: int) -> dict[str, dict[str, float]]:
-    """Prefill, decoding and cache within each budget of image tokens, beside the base with all of them."""
-    results, base = {}, (models["base"], inputs["base"])
-    whole = count(base[0], **base[1], logits_to_keep=1)
-    for budget in BUDGETS:
-        options = {"image_token_budget": budget}
-        graft = models["graft"], {**inputs["graft"], **options}
-        share = f"{budget:.0%} of the image tokens"
-        cut = count(graft[0], **graft[1], logits_to_keep=1)
-        results[f"operations of prefill, {share}"] = {"base": whole, "graft": cut, "ratio": cut / whole}
-        results[f"prefill, {share}"] = ratio({"base": prefill(*base), "graft": prefill(*graft)}, repeats)
-        decoding = {"base": decode(*base), "graft": decode(models["graft"], inputs["graft"], **options)}
-        results[f"decode, {share}"] = ratio(decoding, repeats)
-        sizes = {"base": cache_bytes(*base), "graft": cache_bytes(models["graft"], inputs["graft"], **options)}
-        results[f"memory of the cache, {share}"] = {**sizes, "ratio": sizes["graft"] / sizes["base"]}
-    return results
+def measure_budget(models: dict, inputs: dict, repeats: int, budget: float | None) -> dict[str, dict[str, float]]:
+    """Prefill, decoding and cache within a budget of image tokens, beside the base with all of them."""
+    options = {"image_token_budget": budget}
+    base, graft = ((models[name], inputs[name]) for name in ("base", "graft"))
+    within = graft[0], {**graft[1], **options}
+    counted = [count(model, **given, logits_to_keep=1) for model, given in (base, within)]
+    sizes = [cache_bytes(*base), cache_bytes(*graft, **options)]
+    return {
+        "operations of prefill": dict(zip(("base", "graft", "ratio"), (*counted, counted[1] / counted[0]))),
+        "prefill": ratio({"base": prefill(*base), "graft": prefill(*within)}, repeats),
+        "decode": ratio({"base": decode(*base), "graft": decode(*graft, **options)}, repeats),
+        "memory of the cache": dict(zip(("base", "graft", "ratio"), (*sizes, sizes[1] / sizes[0]))),
+    }
 
 
 def training_step(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> Callable[[], None]:
@@ -238,10 +237,12 @@ def measure_times(folder: Path, repeats: int) -> dict[str, dict[str, float]]:
     results["load"] = ratio({name: lambda name=name: load(name) for name in ("base", "graft")}, repeats)
     models = {name: load(name) for name in ("base", "graft")}
     inputs = {name: make_inputs(model) for name, model in models.items()}
-    for task in (prefill, decode, training_step):
-        runs = {name: task(model, inputs[name]) for name, model in models.items()}
-        results[task.__name__] = ratio(runs, repeats)
-    return results | measure_budgets(models, inputs, repeats)
+    results |= measure_budget(models, inputs, repeats, None)
+    for budget in BUDGETS:
+        for name, row in measure_budget(models, inputs, repeats, budget).items():
+            results[name][f"{budget:.0%}"] = row["ratio"]
+    steps = {name: training_step(model, inputs[name]) for name, model in models.items()}
+    return {**results, "training step": ratio(steps, repeats)}
 
 
 def peak_memory(folder: Path, task: str) -> int:
@@ -278,17 +279,21 @@ def measure(name: str, dtype: torch.dtype, repeats: int) -> dict[str, dict[str, 
 def render(timed: dict[str, dict], published: dict[str, dict], about: str) -> str:
     lines = [about, ""]
     for name, rows in timed.items():
-        lines += [f"**{name}**", "", "| | base | with saliency | ratio |", "|---|---|---|---|"]
+        lines += [
+            f"**{name}**",
+            "",
+            f"| | base | with saliency | ratio | with {WITHIN} |",
+            "|---" * (4 + len(BUDGETS)) + "|",
+        ]
         for task, row in rows.items():
             unit, scale = UNITS.get(task.split(" ")[0], ("{:.4g} s", 1))
-            cells = [unit.format(row[kind] * scale) for kind in ("base", "graft")]
-            lines.append(f"| {task.replace('_', ' ')} | {cells[0]} | {cells[1]} | {row['ratio']:.3f} |")
+            cells = [unit.format(row[kind] * scale) for kind in ("base", "graft")] + [f"{row['ratio']:.3f}"]
+            cells += [f"{row[f'{budget:.0%}']:.3f}" if f"{budget:.0%}" in row else "" for budget in BUDGETS]
+            lines.append(f"| {' | '.join([task.replace('_', ' '), *cells])} |")
         lines.append("")
     if published:
         lines += [
-            "| published shape | parameters | added | operations of a prefill | added | with "
-            + " | ".join(f"{budget:.0%}" for budget in BUDGETS)
-            + " of the image tokens |",
+            f"| published shape | parameters | added | operations of a prefill | added | with {WITHIN} |",
             "|---" * (5 + len(BUDGETS)) + "|",
         ]
         for name, row in published.items():
