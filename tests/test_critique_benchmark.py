@@ -36,6 +36,7 @@ def args(tmp_path_factory, critique_sources):
         work=folder,
         layer=8,
         train_encoder=False,
+        unlabelled=False,
         learning_rate=1e-3,
         batch_size=4,
         workers=1,
@@ -341,10 +342,12 @@ def test_it_runs_small_and_does_not_run_twice(args, tmp_path, monkeypatch, criti
         benchmark.main()
     assert "settings.json is not there" in capsys.readouterr().err
 
-    monkeypatch.setattr(sys, "argv", [*command, "--vision-samples", "24"])
-    with pytest.raises(SystemExit):
-        benchmark.main()
-    assert "other settings" in capsys.readouterr().err
+    assert "unlabelled" not in record["settings"]  # records of before it was an option have none
+    for changed in (["--vision-samples", "24"], ["--unlabelled"]):
+        monkeypatch.setattr(sys, "argv", [*command, *changed])
+        with pytest.raises(SystemExit):
+            benchmark.main()
+        assert "other settings" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
@@ -356,6 +359,40 @@ def test_a_run_that_fails_takes_no_other_with_it(jobs, monkeypatch, capsys):
     assert len(results) == 2
     said = capsys.readouterr().err
     assert "failed: longer 8 0 ValueError: no luck" in said and ("failed: control 8 0" in said) == (jobs > 1)
+
+
+def test_unlabelled_aspects_are_learned_from_captions_alone(args, monkeypatch):
+    seen = []
+
+    def look(model, pictures, collator, seed, args):
+        seen.append(collator([pictures[0], pictures[1]]))
+        return 1.0
+
+    monkeypatch.setattr(benchmark, "train", look)
+    monkeypatch.setattr(benchmark, "measure", lambda *args: {"unlabelled": args[-1]})
+    monkeypatch.setattr(benchmark, "figures_of", lambda *args: {})
+    given = {"warm_up": 8, "vision_samples": 4, "unlabelled": True, "tests": ["test"]}
+    changed = argparse.Namespace(**{**vars(args), **given})
+    result = benchmark.run_arm(changed, ("ase", 4, 13))
+    assert result["test"]["unlabelled"] and len(seen) == 4 and all((b["aspect_targets"] == -1).all() for b in seen)
+    assert [b.get("labels") is not None for b in seen] == [False, False, False, True]
+
+    learner = learner_of("ase", args)
+    learner.kept.open("train")
+    learner(**seen[3])["loss"].backward()
+    heads = (learner.aspects, learner.mllm.model.iasm.aspect_head)
+    assert not any(p.grad is not None and p.grad.any() for head in heads for p in head.parameters())
+    assert learner.mllm.model.iasm.score_head.weight.grad.any() and learner.mllm.lm_head.weight.grad.any()
+
+
+def test_heads_that_did_not_learn_have_no_figures(args):
+    pictures, learner = benchmark.Pictures(args.work, "test"), learner_of("ase", args).eval()
+    for unlabelled in (False, True):
+        measured = benchmark.measure(learner, "test", pictures, make_processor(), False, unlabelled)
+        known = {
+            name for name in ("heads", "IASM") if any(v == v for v in measured[f"accuracy of the {name}"].values())
+        }
+        assert known == (set() if unlabelled else {"heads", "IASM"}) and measured["saliency"]
 
 
 def test_what_was_trained_without_captions_is_found_again(args, tmp_path, monkeypatch):

@@ -26,6 +26,9 @@ and so has the one reference. What a caption says is read from its words (`criti
     ase            ASE: the module reads the encoder's layer 6 beside photometry, the map is supervised
     probe          the same, with `probe_tokens`
 
+With `--unlabelled` no arm is told which aspects are there but by captions, as where people have only those: the module
+learns from scores and maps, the control's from scores, and heads for aspects do not learn at all.
+
 The encoder is frozen, so what its lower layers give is computed once and kept. With `--train-encoder` every arm also
 trains the layers above the sixth. `--curve` repeats the last part with other numbers of captions. Tested are held-out
 photographs and cut-outs with the generator's faults (`test`) and with those of `foreign_edits.py` (`foreign`).
@@ -179,11 +182,11 @@ class Collator:
     """
     Batches from places in a split, as `ASEDataCollator` makes them, on the device and without a way over files of pictures.
 
-    `rows` are the places. With `captions=False`, without text.
+    `rows` are the places. With `captions=False`, without text; with `labelled=False` all aspects are unknown.
     """
 
-    def __init__(self, pictures: Pictures, processor: ASEProcessor, captions: bool = True):
-        self.columns, images = pictures.columns, processor.image_processor
+    def __init__(self, pictures: Pictures, processor: ASEProcessor, captions: bool = True, labelled: bool = True):
+        self.columns, images, self.labelled = pictures.columns, processor.image_processor, labelled
         self.device = self.columns["image"].device
         self.mean, self.std = (
             torch.tensor(one, device=self.device).view(3, 1, 1) for one in (images.image_mean, images.image_std)
@@ -201,6 +204,8 @@ class Collator:
         places = torch.tensor(rows, device=self.device)
         batch = {"rows": places, "pixel_values": (self.columns["image"][places] / 255 - self.mean) / self.std}
         batch |= {name: self.columns[column][places] for name, column in TARGETS.items()}
+        if not self.labelled:
+            batch["aspect_targets"] = torch.full_like(batch["aspect_targets"], -1)
         if self.tokens is None:
             return batch
         ends = self.ends[rows]
@@ -504,7 +509,7 @@ def see(arm: str, seed: int, args: argparse.Namespace, processor: ASEProcessor) 
     warm_up, vision = (
         Pictures(args.work, "train", n, start) for n, start in zip(numbers.tolist(), (0, int(numbers[0])))
     )
-    collator = Collator(warm_up, processor, captions=False)
+    collator = Collator(warm_up, processor, captions=False, labelled=not args.unlabelled)
     learner.kept.open("train")
     seconds = train(ModuleAlone(learner), warm_up, collator, seed, args) if arm in GRAFTS else 0.0
     seconds += sum(train(learner, part, collator, seed, args) for part in (warm_up, vision))
@@ -529,9 +534,9 @@ def run_arm(args: argparse.Namespace, run: tuple[str, int, int]) -> dict[str, An
         number = samples * (LONGER if arm == "longer" else 1)
         pictures = Pictures(args.work, "train", number, args.warm_up + args.vision_samples)
         learner.kept.open("train")
-        seconds += train(learner, pictures, Collator(pictures, processor), seed, args)
+        seconds += train(learner, pictures, Collator(pictures, processor, labelled=not args.unlabelled), seed, args)
     result = {
-        split: measure(learner.eval(), split, Pictures(args.work, split), processor, bool(samples))
+        split: measure(learner.eval(), split, Pictures(args.work, split), processor, bool(samples), args.unlabelled)
         for split in args.tests
     }
     result["seconds of training"] = seconds
@@ -553,9 +558,14 @@ def caption_pictures(
 
 @torch.inference_mode()
 def measure(
-    learner: Learner, split: str, pictures: Pictures, processor: ASEProcessor, with_captions: bool
+    learner: Learner,
+    split: str,
+    pictures: Pictures,
+    processor: ASEProcessor,
+    with_captions: bool,
+    unlabelled: bool = False,
 ) -> dict[str, Any]:
-    """All figures of one trained arm on the pictures of one split."""
+    """All figures of one trained arm on the pictures of one split; those of heads only where they have learned."""
     columns = {name: values.cpu() for name, values in pictures.columns.items() if name != "image"}
     learner.kept.open(split)
     model, collator = learner.mllm, Collator(pictures, processor, captions=False)
@@ -569,6 +579,8 @@ def measure(
             outputs = model.get_image_features(batch["pixel_values"])
             maps += list(outputs.saliency_maps.cpu())
             judged += outputs.aspect_logits.tolist()
+    if unlabelled:
+        heads, judged = [], []
     truths = [dict(zip(FAULTS, labels)) for labels in columns["aspect_labels"].tolist()]
     composite = columns["composite"].tolist()
     references = [[caption] for caption in pictures.captions()]
@@ -599,6 +611,8 @@ def check_settings(args: argparse.Namespace, parser: argparse.ArgumentParser) ->
     names = ("pictures", "test_pictures", "warm_up", "vision_samples", "batch_size", "learning_rate")
     names += ("layer", "train_encoder", "validation")
     settings, path = {name: getattr(args, name) for name in names}, args.work / "settings.json"
+    if args.unlabelled:  # not a word of it else: records of before it was an option have none
+        settings["unlabelled"] = True
     if args.finished:
         if not path.exists():
             parser.error(f"{path} is not there: the finished runs need the settings that they were made with")
@@ -676,6 +690,7 @@ def main() -> int:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=["layer-12", "layer-8", *ARMS[len(LAYER_ARMS) :]])
     parser.add_argument("--layer", type=int, default=8, help="that the base of the arms without a number reads")
     parser.add_argument("--train-encoder", action="store_true", help="train its layers above the sixth, too")
+    parser.add_argument("--unlabelled", action="store_true", help="aspects are learned from captions alone")
     parser.add_argument("--validation", action="store_true", help="measure on photographs to train on, seen otherwise")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--pictures", type=int, default=8000, help="different pictures to train on")

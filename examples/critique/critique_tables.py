@@ -145,10 +145,11 @@ def as_markdown(figures: Figures, samples: int, settings: dict[str, Any], order:
 
 def about(seeds: list[int], samples: int, settings: dict[str, Any]) -> str:
     """What the figures of the tables are, and what was run for them."""
+    told = ", without labels of aspects" if settings.get("unlabelled") else ""
     trained = f"its layers above the {READ}th trained along" if settings["train_encoder"] else "frozen"
     return (
         f"Seeds {', '.join(map(str, seeds))}; {settings['warm_up']} + {settings['vision_samples']} + {samples} samples of "
-        f"{settings['pictures']} pictures, {settings['batch_size']} at a time; tested on {settings['test_pictures']} of each kind. The encoder is "
+        f"{settings['pictures']} pictures{told}, {settings['batch_size']} at a time; tested on {settings['test_pictures']} of each kind. The encoder is "
         f"{settings['encoder']}, {trained}; arms without a layer in their name read layer {settings['layer']}. The language "
         f"model is that in the weights of SHA-256 {settings['base'][:12]}. Balanced accuracy in points, mean ± standard "
         f"deviation over seeds: `captions`, and each aspect, of what captions say, `placed` the mean of {', '.join(PLACED)}, "

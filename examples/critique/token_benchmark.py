@@ -320,7 +320,7 @@ def main(argv: list[str] | None = None):
     settings = json.loads(settings.read_text(encoding="utf-8"))
     if settings["base"] != base_checksum(args.language_model):
         parser.error(f"{args.work} holds runs of another language model than {args.language_model}'s")
-    args = argparse.Namespace(**{**settings, **vars(args)})
+    args = argparse.Namespace(**{"unlabelled": False, **settings, **vars(args)})
     runs = [(seed, training) for seed in args.seeds for training in args.trainings]
     said = dict(zip(runs, in_processes(partial(run, args), runs, args.jobs)))
     trained = "trained along above" if args.train_encoder else "frozen; the module reads"
