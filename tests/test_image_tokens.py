@@ -48,6 +48,12 @@ def test_other_budgets_are_refused(budget):
         ASEConfig(image_token_budget=budget)
 
 
+def test_tokens_are_kept_evenly_unless_told_otherwise():
+    outputs = tiny_model().eval()(**make_inputs(), image_token_budget=0.25)
+    kept = tiny_processor().post_process_image_tokens(outputs, make_inputs()["input_ids"])
+    assert all(one.flatten().nonzero().flatten().tolist() == [2, 6, 10, 14] for one in kept)
+
+
 def test_an_unknown_selection_is_refused():
     with pytest.raises(Exception, match=r"image_token_selection.*'best'"):
         ASEConfig(image_token_selection="best")
@@ -125,7 +131,7 @@ def test_the_body_alone_keeps_to_the_budget_too():
 
 def test_a_budget_is_saved_and_a_given_one_counts_in_its_place(tmp_path):
     model, inputs = open_gates(tiny_model()).eval(), make_inputs()
-    model.config.image_token_budget, model.config.image_token_selection = 0.25, "uniform"
+    model.config.image_token_budget, model.config.image_token_selection = 0.25, "diverse"
     model.save_pretrained(tmp_path)
     loaded = ASEForConditionalGeneration.from_pretrained(tmp_path).eval()
     with torch.no_grad():
@@ -210,6 +216,7 @@ def test_the_trainer_keeps_to_the_budget(adapter, tmp_path):
 @pytest.mark.slow
 def test_a_compiled_model_keeps_to_the_budget():
     model, inputs = open_gates(tiny_model()).eval(), make_inputs()
+    model.config.image_token_selection = "diverse"
     with torch.no_grad():
         expected = model(**inputs, image_token_budget=0.5)
         compiled = torch.compile(copy.deepcopy(model), backend="eager")(**inputs, image_token_budget=0.5)
