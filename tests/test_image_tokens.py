@@ -48,10 +48,18 @@ def test_other_budgets_are_refused(budget):
         ASEConfig(image_token_budget=budget)
 
 
-def test_tokens_are_kept_evenly_unless_told_otherwise():
-    outputs = tiny_model().eval()(**make_inputs(), image_token_budget=0.25)
-    kept = tiny_processor().post_process_image_tokens(outputs, make_inputs()["input_ids"])
-    assert all(one.flatten().nonzero().flatten().tolist() == [2, 6, 10, 14] for one in kept)
+@pytest.mark.parametrize("rows, columns", [(4, 4), (6, 6), (12, 12), (16, 16), (24, 24), (7, 30), (32, 32)])
+@pytest.mark.parametrize("share", [1 / 16, 0.11, 0.25, 0.5, 0.8, "row", "column"])
+def test_even_ones_leave_out_no_part_of_the_picture(rows, columns, share):
+    budget = {"row": rows, "column": columns}.get(share, share)
+    number = kept_number(rows * columns, budget)
+    (kept,) = chosen(torch.ones(rows * columns, 2), [torch.ones(8, 8)], [(rows, columns)], budget, "uniform")
+    assert len(kept) == number
+    for parts in (2, 4):
+        across = [place // columns * parts // rows for place in kept]
+        along = [place % columns * parts // columns for place in kept]
+        least = min(one.count(part) for one in (across, along) for part in range(parts))
+        assert least >= (number / parts - 4) / 2
 
 
 def test_an_unknown_selection_is_refused():
@@ -72,7 +80,7 @@ def test_the_most_salient_are_those_of_the_map():
     assert chosen(torch.randn(24, 5), maps, [(4, 4), (2, 4)], 1, "saliency") == [[6], [3]]
 
 
-@pytest.mark.parametrize(("number", "rows"), [(4, [[1, 3, 5, 7]]), (2, [[2, 6]]), (8, [list(range(8))])])
+@pytest.mark.parametrize(("number", "rows"), [(4, [[0, 3, 4, 7]]), (2, [[0, 6]]), (8, [list(range(8))])])
 def test_uniform_ones_are_spread(number, rows):
     assert chosen(torch.randn(8, 3), [torch.rand(4, 8)], [(2, 4)], number, "uniform") == rows
 

@@ -162,7 +162,7 @@ def run(args: argparse.Namespace, of: tuple[int, str]) -> dict[str, list[str]]:
     pictures = Pictures(args.work, "train", args.samples, args.warm_up + args.vision_samples)
     learner.kept.open("train")
     lesson = CaptionLesson(learner, random.Random(seed) if training == "within budgets" else None)
-    train(lesson, pictures, Collator(pictures, processor), seed, args)
+    train(lesson, pictures, Collator(pictures, processor, labelled=not args.unlabelled), seed, args)
     learner.eval()
     test = Pictures(args.work, "test", args.test_pictures)
     captions = {"all": write(learner, test, processor)}
