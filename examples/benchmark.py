@@ -186,19 +186,30 @@ def cache_bytes(model: PreTrainedModel, inputs: dict[str, torch.Tensor], **optio
     return sum(states.nbytes for layer in cache.layers for states in (layer.keys, layer.values))
 
 
-def measure_budget(models: dict, inputs: dict, repeats: int, budget: float | None) -> dict[str, dict[str, float]]:
-    """Prefill, decoding and cache within a budget of image tokens, beside the base with all of them."""
-    options = {"image_token_budget": budget}
+def beside(base: int, graft: int) -> dict[str, float]:
+    return {"base": base, "graft": graft, "ratio": graft / base}
+
+
+def measure_budgets(models: dict, inputs: dict, repeats: int) -> dict[str, dict[str, float]]:
+    """Prefill, decoding and cache beside the base, and the ratios to it within each budget of image tokens."""
     base, graft = ((models[name], inputs[name]) for name in ("base", "graft"))
-    within = graft[0], {**graft[1], **options}
-    counted = [count(model, **given, logits_to_keep=1) for model, given in (base, within)]
-    sizes = [cache_bytes(*base), cache_bytes(*graft, **options)]
-    return {
-        "operations of prefill": dict(zip(("base", "graft", "ratio"), (*counted, counted[1] / counted[0]))),
-        "prefill": ratio({"base": prefill(*base), "graft": prefill(*within)}, repeats),
-        "decode": ratio({"base": decode(*base), "graft": decode(*graft, **options)}, repeats),
-        "memory of the cache": dict(zip(("base", "graft", "ratio"), (*sizes, sizes[1] / sizes[0]))),
-    }
+    operations, cache = count(base[0], **base[1], logits_to_keep=1), cache_bytes(*base)
+
+    def within(budget: float | None) -> dict[str, dict[str, float]]:
+        options = {"image_token_budget": budget}
+        cut = graft[0], {**graft[1], **options}
+        return {
+            "operations of prefill": beside(operations, count(cut[0], **cut[1], logits_to_keep=1)),
+            "prefill": ratio({"base": prefill(*base), "graft": prefill(*cut)}, repeats),
+            "decode": ratio({"base": decode(*base), "graft": decode(*graft, **options)}, repeats),
+            "memory of the cache": beside(cache, cache_bytes(*graft, **options)),
+        }
+
+    results = within(None)
+    for budget in BUDGETS:
+        for name, row in within(budget).items():
+            results[name][f"{budget:.0%}"] = row["ratio"]
+    return results
 
 
 def training_step(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> Callable[[], None]:
@@ -237,10 +248,7 @@ def measure_times(folder: Path, repeats: int) -> dict[str, dict[str, float]]:
     results["load"] = ratio({name: lambda name=name: load(name) for name in ("base", "graft")}, repeats)
     models = {name: load(name) for name in ("base", "graft")}
     inputs = {name: make_inputs(model) for name, model in models.items()}
-    results |= measure_budget(models, inputs, repeats, None)
-    for budget in BUDGETS:
-        for name, row in measure_budget(models, inputs, repeats, budget).items():
-            results[name][f"{budget:.0%}"] = row["ratio"]
+    results |= measure_budgets(models, inputs, repeats)
     steps = {name: training_step(model, inputs[name]) for name, model in models.items()}
     return {**results, "training step": ratio(steps, repeats)}
 
@@ -269,7 +277,7 @@ def measure(name: str, dtype: torch.dtype, repeats: int) -> dict[str, dict[str, 
         results = measure_times(Path(folder), repeats)
         for task in ("prefill", "training_step"):
             peaks = {kind: peak_memory(Path(folder) / kind, task) for kind in ("base", "graft")}
-            results[f"memory of {task}"] = {**peaks, "ratio": peaks["graft"] / peaks["base"]}
+            results[f"memory of {task}"] = beside(**peaks)
     return results
 
 
@@ -287,8 +295,9 @@ def render(timed: dict[str, dict], published: dict[str, dict], about: str) -> st
         ]
         for task, row in rows.items():
             unit, scale = UNITS.get(task.split(" ")[0], ("{:.4g} s", 1))
-            cells = [unit.format(row[kind] * scale) for kind in ("base", "graft")] + [f"{row['ratio']:.3f}"]
-            cells += [f"{row[f'{budget:.0%}']:.3f}" if f"{budget:.0%}" in row else "" for budget in BUDGETS]
+            cells = [unit.format(row[kind] * scale) for kind in ("base", "graft")]
+            shares = ("ratio", *(f"{budget:.0%}" for budget in BUDGETS))
+            cells += [f"{row[share]:.3f}" if share in row else "" for share in shares]
             lines.append(f"| {' | '.join([task.replace('_', ' '), *cells])} |")
         lines.append("")
     if published:

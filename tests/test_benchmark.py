@@ -36,9 +36,8 @@ def test_every_task_is_timed_for_base_and_graft(pair):
     assert cache["ratio"] == 1
     counted = results["operations of prefill"]
     text = [counted["ratio"], *(counted[share] for share in within)]
-    less = [
-        16 + benchmark.PROMPT_TOKENS - row for row in rows
-    ]  # each costs the text model the same, but for attention
+    # each token costs the text model the same, but for attention
+    less = [16 + benchmark.PROMPT_TOKENS - row for row in rows]
     assert text[0] > text[1] > text[2] > text[3]
     assert (text[0] - text[3]) / (text[0] - text[1]) == pytest.approx(less[2] / less[0], rel=0.1)
 

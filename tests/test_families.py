@@ -289,7 +289,6 @@ RECURRENT = {"lfm2_vl", "qwen3_5", "minicpmv4_6"}  # states pass over what a mas
 def cut_case(case) -> Case:
     if case.name in REFUSED:
         pytest.skip("has no tokens to choose from")
-    case.fused.config.image_token_selection = "diverse"  # which looks at features and maps
     return case
 
 

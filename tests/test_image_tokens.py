@@ -139,7 +139,7 @@ def test_the_body_alone_keeps_to_the_budget_too():
 
 def test_a_budget_is_saved_and_a_given_one_counts_in_its_place(tmp_path):
     model, inputs = open_gates(tiny_model()).eval(), make_inputs()
-    model.config.image_token_budget, model.config.image_token_selection = 0.25, "diverse"
+    model.config.image_token_budget, model.config.image_token_selection = 0.25, "uniform"
     model.save_pretrained(tmp_path)
     loaded = ASEForConditionalGeneration.from_pretrained(tmp_path).eval()
     with torch.no_grad():
@@ -149,9 +149,11 @@ def test_a_budget_is_saved_and_a_given_one_counts_in_its_place(tmp_path):
     assert saved.image_token_mask.sum(1).tolist() == (others + tokens // 4).tolist()
     assert half.image_token_mask.sum(1).tolist() == (others + tokens // 2).tolist()
     assert one.image_token_mask.sum(1).tolist() == (others + 1).tolist() and "image_token_mask" not in whole
-    model.config.image_token_selection = "saliency"
-    with torch.no_grad():
-        assert not torch.equal(model(**inputs).image_token_mask, saved.image_token_mask)
+    for selection in ("uniform", "diverse", "saliency"):
+        model.config.image_token_selection = selection
+        with torch.no_grad():
+            same = torch.equal(model(**inputs).image_token_mask, saved.image_token_mask)
+        assert same == (selection == "uniform")
 
 
 def test_a_prompt_that_goes_on_from_a_cache_is_refused():
@@ -224,7 +226,6 @@ def test_the_trainer_keeps_to_the_budget(adapter, tmp_path):
 @pytest.mark.slow
 def test_a_compiled_model_keeps_to_the_budget():
     model, inputs = open_gates(tiny_model()).eval(), make_inputs()
-    model.config.image_token_selection = "diverse"
     with torch.no_grad():
         expected = model(**inputs, image_token_budget=0.5)
         compiled = torch.compile(copy.deepcopy(model), backend="eager")(**inputs, image_token_budget=0.5)

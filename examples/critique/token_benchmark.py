@@ -7,7 +7,7 @@ What a budget of image tokens costs in quality, trained within it or not, and wh
 
 Goes on from what `critique_benchmark.py` keeps in its `--work` of the arm `ase`: its module and encoder have learned without
 captions. Now captions are learned twice from there, from the same pictures: with all image tokens, and within a budget
-drawn for each batch, from the smallest that is measured to all, chosen as `diverse` chooses. Both then write
+drawn for each batch, from the smallest that is measured to all, chosen as the model chooses by default. Both then write
 captions of the same held-out pictures within each budget, with tokens chosen in different ways:
 
     diverse, uniform, saliency     the model's own selections
@@ -158,7 +158,6 @@ def run(args: argparse.Namespace, of: tuple[int, str]) -> dict[str, list[str]]:
     set_seed(seed)
     processor = make_processor(args.language_model)
     learner, _ = see("ase", seed, args, processor)
-    learner.mllm.config.image_token_selection = "diverse"
     pictures = Pictures(args.work, "train", args.samples, args.warm_up + args.vision_samples)
     learner.kept.open("train")
     lesson = CaptionLesson(learner, random.Random(seed) if training == "within budgets" else None)
