@@ -36,7 +36,7 @@ def args(tmp_path_factory, critique_sources):
         work=folder,
         layer=8,
         train_encoder=False,
-        unlabelled=False,
+        labels="truth",
         learning_rate=1e-3,
         batch_size=4,
         workers=1,
@@ -342,8 +342,8 @@ def test_it_runs_small_and_does_not_run_twice(args, tmp_path, monkeypatch, criti
         benchmark.main()
     assert "settings.json is not there" in capsys.readouterr().err
 
-    assert "unlabelled" not in record["settings"]  # records of before it was an option have none
-    for changed in (["--vision-samples", "24"], ["--unlabelled"]):
+    assert "labels" not in record["settings"]  # records of before it was an option have none
+    for changed in (["--vision-samples", "24"], ["--labels", "none"]):
         monkeypatch.setattr(sys, "argv", [*command, *changed])
         with pytest.raises(SystemExit):
             benchmark.main()
@@ -361,22 +361,38 @@ def test_a_run_that_fails_takes_no_other_with_it(jobs, monkeypatch, capsys):
     assert "failed: longer 8 0 ValueError: no luck" in said and ("failed: control 8 0" in said) == (jobs > 1)
 
 
-def test_unlabelled_aspects_are_learned_from_captions_alone(args, monkeypatch):
+def what_is_learned_from(labels: str, args, monkeypatch) -> list[dict]:
+    """A batch of each part of a run of `ase` with these labels of aspects, and whether its fusion layers learn."""
     seen = []
 
     def look(model, pictures, collator, seed, args):
-        seen.append(collator([pictures[0], pictures[1]]))
+        fusions = [p.requires_grad for name, p in model.named_parameters() if ".fusions." in name]
+        seen.append({**collator([pictures[0], pictures[1]]), "fuses": all(fusions) if fusions else None})
+        assert not fusions or any(fusions) == all(fusions)
         return 1.0
 
     monkeypatch.setattr(benchmark, "train", look)
-    monkeypatch.setattr(benchmark, "measure", lambda *args: {"unlabelled": args[-1]})
+    monkeypatch.setattr(benchmark, "measure", lambda *args: {"labels": args[-1]})
     monkeypatch.setattr(benchmark, "figures_of", lambda *args: {})
-    given = {"warm_up": 8, "vision_samples": 4, "unlabelled": True, "tests": ["test"]}
-    changed = argparse.Namespace(**{**vars(args), **given})
-    result = benchmark.run_arm(changed, ("ase", 4, 13))
-    assert result["test"]["unlabelled"] and len(seen) == 4 and all((b["aspect_targets"] == -1).all() for b in seen)
+    given = {"warm_up": 8, "vision_samples": 4, "samples": 4, "labels": labels, "tests": ["test"]}
+    seed = {"truth": 12, "none": 13, "words": 14}[labels]
+    result = benchmark.run_arm(argparse.Namespace(**{**vars(args), **given}), ("ase", 4, seed))
+    assert result["test"]["labels"] == labels
     assert [b.get("labels") is not None for b in seen] == [False, False, False, True]
+    return seen
 
+
+def test_with_labels_fusions_learn_from_the_start(args, monkeypatch):
+    seen = what_is_learned_from("truth", args, monkeypatch)
+    assert [b["fuses"] for b in seen] == [None, True, True, True]  # the module alone has none
+    truth = benchmark.read_columns(args.work, "train")["aspect_labels"]
+    assert all(torch.equal(b["aspect_targets"], truth[b["rows"]]) for b in seen)
+
+
+def test_without_labels_aspects_are_learned_from_captions_alone(args, monkeypatch):
+    seen = what_is_learned_from("none", args, monkeypatch)
+    assert all((b["aspect_targets"] == -1).all() for b in seen)
+    assert [b.pop("fuses") for b in seen] == [None, False, False, True]
     learner = learner_of("ase", args)
     learner.kept.open("train")
     learner(**seen[3])["loss"].backward()
@@ -385,14 +401,32 @@ def test_unlabelled_aspects_are_learned_from_captions_alone(args, monkeypatch):
     assert learner.mllm.model.iasm.score_head.weight.grad.any() and learner.mllm.lm_head.weight.grad.any()
 
 
+def test_words_of_captions_are_labels_where_there_are_captions(args, monkeypatch):
+    seen = what_is_learned_from("words", args, monkeypatch)
+    assert [b.pop("fuses") for b in seen] == [None, False, False, True]
+    words, _ = benchmark.word_labels(args.work, range(12, 16))  # 8 + 4 samples come before those with captions
+    captions = benchmark.Pictures(args.work, "train").captions()
+    for batch in seen:
+        for row, labels in zip(batch["rows"].tolist(), batch["aspect_targets"].tolist()):
+            said = captions[row].lower().replace(".", " ").replace(",", " ").split()
+            assert labels == [float(word in said) if row in range(12, 16) else -1.0 for word in words]
+    assert seen[3]["rows"].tolist() == [12, 13] and seen[1]["rows"].tolist() == [0, 1] and len(words) > 3
+    learner = learner_of("ase", args, labels="words", warm_up=8, vision_samples=4, samples=4)
+    assert learner.mllm.config.iasm_config.aspect_names == words
+    learner.kept.open("train")
+    learner(**seen[3])["loss"].backward()
+    assert learner.aspects.weight.grad.any() and learner.mllm.model.iasm.aspect_head.weight.grad.any()
+
+
 def test_heads_that_did_not_learn_have_no_figures(args):
-    pictures, learner = benchmark.Pictures(args.work, "test"), learner_of("ase", args).eval()
-    for unlabelled in (False, True):
-        measured = benchmark.measure(learner, "test", pictures, make_processor(), False, unlabelled)
+    pictures, given = benchmark.Pictures(args.work, "test"), {"warm_up": 8, "vision_samples": 4, "samples": 8}
+    for labels in ("truth", "none", "words"):
+        learner = learner_of("ase", args, labels=labels, **given).eval()
+        measured = benchmark.measure(learner, "test", pictures, make_processor(), False, labels)
         known = {
             name for name in ("heads", "IASM") if any(v == v for v in measured[f"accuracy of the {name}"].values())
         }
-        assert known == (set() if unlabelled else {"heads", "IASM"}) and measured["saliency"]
+        assert known == ({"heads", "IASM"} if labels == "truth" else set()) and measured["saliency"]
 
 
 def test_what_was_trained_without_captions_is_found_again(args, tmp_path, monkeypatch):

@@ -26,8 +26,11 @@ and so has the one reference. What a caption says is read from its words (`criti
     ase            ASE: the module reads the encoder's layer 6 beside photometry, the map is supervised
     probe          the same, with `probe_tokens`
 
-With `--unlabelled` no arm is told which aspects are there but by captions, as where people have only those: the module
-learns from scores and maps, the control's from scores, and heads for aspects do not learn at all.
+With `--labels none` no arm is told which aspects are there but by captions, as where people have only those: the module
+learns from scores and maps, the control's from scores, and heads for aspects do not learn at all. With `--labels words`
+the words of the captions are the aspects that modules and heads learn (`caption_words.py`), of the pictures that have
+captions in the last part. In both fusion layers stay shut until there are captions: opened by scores alone they were in
+the way of captions.
 
 The encoder is frozen, so what its lower layers give is computed once and kept. With `--train-encoder` every arm also
 trains the layers above the sixth. `--curve` repeats the last part with other numbers of captions. Tested are held-out
@@ -46,8 +49,9 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from functools import cache, lru_cache, partial
 from itertools import islice
 from multiprocessing import get_context
@@ -83,6 +87,7 @@ from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from caption_words import choose_words, labels_of_words
 from common import write_between, write_captions
 from metrics import caption_scores
 
@@ -172,6 +177,26 @@ class Pictures(Dataset):
         return [plain_caption(labels) for labels in self.columns["aspect_labels"].tolist()]
 
 
+@lru_cache(maxsize=1)
+def word_labels(folder: Path, places: range) -> tuple[list[str], torch.Tensor]:
+    """Words of the captions of pictures to train on, and which of them each says; of pictures elsewhere that is unknown."""
+    pictures = Pictures(folder, "train", len(places), places.start)
+    captions, captioned = pictures.captions(), sorted({pictures[i] for i in range(len(pictures))})
+    words = choose_words([[captions[place]] for place in captioned])
+    labels = torch.full((len(captions), len(words)), -1.0)
+    labels[captioned] = torch.tensor([labels_of_words([captions[place]], words) for place in captioned])
+    return words, labels
+
+
+def aspects_to_learn(args: argparse.Namespace) -> tuple[list[str], torch.Tensor | None]:
+    """Names of what modules and heads learn to tell, and its labels in the pictures to train on; None: the truth."""
+    if args.labels == "words":
+        start = args.warm_up + args.vision_samples
+        return word_labels(args.work, range(start, start + args.samples))
+    columns = read_columns(args.work, "train")
+    return list(FAULTS), torch.full_like(columns["aspect_labels"], -1) if args.labels == "none" else None
+
+
 def prompt_tokens(processor: ASEProcessor) -> torch.Tensor:
     """The prompt of every picture, `(tokens,)`, with a place for each image token."""
     blank = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE))
@@ -182,11 +207,19 @@ class Collator:
     """
     Batches from places in a split, as `ASEDataCollator` makes them, on the device and without a way over files of pictures.
 
-    `rows` are the places. With `captions=False`, without text; with `labelled=False` all aspects are unknown.
+    `rows` are the places. With `captions=False`, without text; `labels` of aspects by default are the truth.
     """
 
-    def __init__(self, pictures: Pictures, processor: ASEProcessor, captions: bool = True, labelled: bool = True):
-        self.columns, images, self.labelled = pictures.columns, processor.image_processor, labelled
+    def __init__(
+        self,
+        pictures: Pictures,
+        processor: ASEProcessor,
+        captions: bool = True,
+        labels: torch.Tensor | None = None,
+    ):
+        self.columns, images = pictures.columns, processor.image_processor
+        if labels is not None:
+            self.columns = {**self.columns, "aspect_labels": labels.to(self.columns["image"].device)}
         self.device = self.columns["image"].device
         self.mean, self.std = (
             torch.tensor(one, device=self.device).view(3, 1, 1) for one in (images.image_mean, images.image_std)
@@ -204,8 +237,6 @@ class Collator:
         places = torch.tensor(rows, device=self.device)
         batch = {"rows": places, "pixel_values": (self.columns["image"][places] / 255 - self.mean) / self.std}
         batch |= {name: self.columns[column][places] for name, column in TARGETS.items()}
-        if not self.labelled:
-            batch["aspect_targets"] = torch.full_like(batch["aspect_targets"], -1)
         if self.tokens is None:
             return batch
         ends = self.ends[rows]
@@ -292,12 +323,12 @@ class KeptStates:
 class Learner(nn.Module):
     """A model with a head for aspects and scores on the image features that its language model reads."""
 
-    def __init__(self, mllm: PreTrainedModel, kept: KeptStates):
+    def __init__(self, mllm: PreTrainedModel, kept: KeptStates, num_aspects: int = len(FAULTS)):
         super().__init__()
         self.mllm, self.kept = mllm, kept
         size = mllm.config.image_seq_length * mllm.config.text_config.hidden_size
         self.norm = nn.LayerNorm(size)
-        self.aspects = nn.Linear(size, len(FAULTS))
+        self.aspects = nn.Linear(size, num_aspects)
         self.scores = nn.Linear(size, 10)
 
     def forward(
@@ -428,7 +459,9 @@ def first_images(work: Path) -> list[Image.Image]:
     return list(map(Image.fromarray, images))
 
 
-def graft(arm: str, base: PreTrainedModel, processor: ASEProcessor) -> PreTrainedModel:
+def graft(
+    arm: str, base: PreTrainedModel, processor: ASEProcessor, aspects: Sequence[str] = FAULTS
+) -> PreTrainedModel:
     """The base with the saliency branch of this arm; for the arms of the base as it is."""
     if arm not in GRAFTS:
         return base
@@ -438,7 +471,7 @@ def graft(arm: str, base: PreTrainedModel, processor: ASEProcessor) -> PreTraine
         image_size=SALIENCY_SIZE,
         hidden_size=128,
         num_attention_heads=4,
-        aspect_names=list(FAULTS),
+        aspect_names=list(aspects),
         **{**WEIGHTS, **GRAFTS[arm]},
     )
     fused = list(range(READ - 1, base.config.vision_config.num_hidden_layers))
@@ -459,9 +492,9 @@ def kept_layer(arm: str, args: argparse.Namespace) -> int:
 def build(arm: str, args: argparse.Namespace, processor: ASEProcessor) -> Learner:
     base = load_base(args.encoder, base_layer(arm, args), args.language_model)
     match_scale(base, processor, args)
-    kept = KeptStates(args, kept_layer(arm, args))
-    learner = Learner(base, kept)
-    learner.mllm = graft(arm, base, processor)  # places are probed while the encoder is whole
+    kept, (aspects, _) = KeptStates(args, kept_layer(arm, args)), aspects_to_learn(args)
+    learner = Learner(base, kept, len(aspects))
+    learner.mllm = graft(arm, base, processor, aspects)  # places are probed while the encoder is whole
     tower = base.model.vision_tower.requires_grad_(False)
     kept.replace_in(tower)
     if args.train_encoder:
@@ -496,6 +529,17 @@ def train(model: nn.Module, pictures: Pictures, collator: Collator, seed: int, a
     return trainer.train().metrics["train_runtime"]
 
 
+@contextmanager
+def shut_fusions(learner: Learner, shut: bool):
+    """Inside, if `shut`, fusion layers do not learn: their gates stay at zero."""
+    fusions = [p for name, p in learner.mllm.named_parameters() if shut and ".fusions." in name]
+    for parameter in fusions:
+        parameter.requires_grad_(False)
+    yield
+    for parameter in fusions:
+        parameter.requires_grad_(True)
+
+
 def see(arm: str, seed: int, args: argparse.Namespace, processor: ASEProcessor) -> tuple[Learner, float]:
     """The learner after the two parts without captions, trained or as it was kept, and the seconds that they took."""
     learner, path = build(arm, args, processor), args.work / f"{arm}-{seed}.safetensors"
@@ -509,10 +553,11 @@ def see(arm: str, seed: int, args: argparse.Namespace, processor: ASEProcessor) 
     warm_up, vision = (
         Pictures(args.work, "train", n, start) for n, start in zip(numbers.tolist(), (0, int(numbers[0])))
     )
-    collator = Collator(warm_up, processor, captions=False, labelled=not args.unlabelled)
+    collator = Collator(warm_up, processor, captions=False, labels=aspects_to_learn(args)[1])
     learner.kept.open("train")
     seconds = train(ModuleAlone(learner), warm_up, collator, seed, args) if arm in GRAFTS else 0.0
-    seconds += sum(train(learner, part, collator, seed, args) for part in (warm_up, vision))
+    with shut_fusions(learner, args.labels != "truth"):
+        seconds += sum(train(learner, part, collator, seed, args) for part in (warm_up, vision))
     save_whole({name: tensor.detach() for name, tensor in trained.items()}, path, seconds=str(seconds))
     return learner, seconds
 
@@ -534,9 +579,10 @@ def run_arm(args: argparse.Namespace, run: tuple[str, int, int]) -> dict[str, An
         number = samples * (LONGER if arm == "longer" else 1)
         pictures = Pictures(args.work, "train", number, args.warm_up + args.vision_samples)
         learner.kept.open("train")
-        seconds += train(learner, pictures, Collator(pictures, processor, labelled=not args.unlabelled), seed, args)
+        collator = Collator(pictures, processor, labels=aspects_to_learn(args)[1])
+        seconds += train(learner, pictures, collator, seed, args)
     result = {
-        split: measure(learner.eval(), split, Pictures(args.work, split), processor, bool(samples), args.unlabelled)
+        split: measure(learner.eval(), split, Pictures(args.work, split), processor, bool(samples), args.labels)
         for split in args.tests
     }
     result["seconds of training"] = seconds
@@ -563,12 +609,13 @@ def measure(
     pictures: Pictures,
     processor: ASEProcessor,
     with_captions: bool,
-    unlabelled: bool = False,
+    labels: str = "truth",
 ) -> dict[str, Any]:
     """All figures of one trained arm on the pictures of one split; those of heads only where they have learned."""
     columns = {name: values.cpu() for name, values in pictures.columns.items() if name != "image"}
     learner.kept.open(split)
-    model, collator = learner.mllm, Collator(pictures, processor, captions=False)
+    unknown = torch.full((len(pictures.columns["image"]), learner.aspects.out_features), -1.0)  # only losses need them
+    model, collator = learner.mllm, Collator(pictures, processor, captions=False, labels=unknown)
     captions, heads, judged, maps = [], [], [], []
     for rows in torch.arange(len(pictures)).split(TESTED):
         batch = collator(rows.tolist())
@@ -579,7 +626,7 @@ def measure(
             outputs = model.get_image_features(batch["pixel_values"])
             maps += list(outputs.saliency_maps.cpu())
             judged += outputs.aspect_logits.tolist()
-    if unlabelled:
+    if labels != "truth":
         heads, judged = [], []
     truths = [dict(zip(FAULTS, labels)) for labels in columns["aspect_labels"].tolist()]
     composite = columns["composite"].tolist()
@@ -611,8 +658,8 @@ def check_settings(args: argparse.Namespace, parser: argparse.ArgumentParser) ->
     names = ("pictures", "test_pictures", "warm_up", "vision_samples", "batch_size", "learning_rate")
     names += ("layer", "train_encoder", "validation")
     settings, path = {name: getattr(args, name) for name in names}, args.work / "settings.json"
-    if args.unlabelled:  # not a word of it else: records of before it was an option have none
-        settings["unlabelled"] = True
+    if args.labels != "truth":  # not a word of it else: records of before it was an option have none
+        settings["labels"] = args.labels
     if args.finished:
         if not path.exists():
             parser.error(f"{path} is not there: the finished runs need the settings that they were made with")
@@ -690,7 +737,9 @@ def main() -> int:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=["layer-12", "layer-8", *ARMS[len(LAYER_ARMS) :]])
     parser.add_argument("--layer", type=int, default=8, help="that the base of the arms without a number reads")
     parser.add_argument("--train-encoder", action="store_true", help="train its layers above the sixth, too")
-    parser.add_argument("--unlabelled", action="store_true", help="aspects are learned from captions alone")
+    parser.add_argument(
+        "--labels", choices=["truth", "none", "words"], default="truth", help="of aspects that modules and heads learn"
+    )
     parser.add_argument("--validation", action="store_true", help="measure on photographs to train on, seen otherwise")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--pictures", type=int, default=8000, help="different pictures to train on")

@@ -145,7 +145,9 @@ def as_markdown(figures: Figures, samples: int, settings: dict[str, Any], order:
 
 def about(seeds: list[int], samples: int, settings: dict[str, Any]) -> str:
     """What the figures of the tables are, and what was run for them."""
-    told = ", without labels of aspects" if settings.get("unlabelled") else ""
+    told = {"none": ", without labels of aspects", "words": ", aspects are words of captions"}.get(
+        settings.get("labels"), ""
+    )
     trained = f"its layers above the {READ}th trained along" if settings["train_encoder"] else "frozen"
     return (
         f"Seeds {', '.join(map(str, seeds))}; {settings['warm_up']} + {settings['vision_samples']} + {samples} samples of "

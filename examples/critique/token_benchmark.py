@@ -42,6 +42,7 @@ from critique_benchmark import (
     Collator,
     Learner,
     Pictures,
+    aspects_to_learn,
     base_checksum,
     be_quiet,
     caption_pictures,
@@ -161,7 +162,7 @@ def run(args: argparse.Namespace, of: tuple[int, str]) -> dict[str, list[str]]:
     pictures = Pictures(args.work, "train", args.samples, args.warm_up + args.vision_samples)
     learner.kept.open("train")
     lesson = CaptionLesson(learner, random.Random(seed) if training == "within budgets" else None)
-    train(lesson, pictures, Collator(pictures, processor, labelled=not args.unlabelled), seed, args)
+    train(lesson, pictures, Collator(pictures, processor, labels=aspects_to_learn(args)[1]), seed, args)
     learner.eval()
     test = Pictures(args.work, "test", args.test_pictures)
     captions = {"all": write(learner, test, processor)}
@@ -320,7 +321,7 @@ def main(argv: list[str] | None = None):
     settings = json.loads(settings.read_text(encoding="utf-8"))
     if settings["base"] != base_checksum(args.language_model):
         parser.error(f"{args.work} holds runs of another language model than {args.language_model}'s")
-    args = argparse.Namespace(**{"unlabelled": False, **settings, **vars(args)})
+    args = argparse.Namespace(**{"labels": "truth", **settings, **vars(args)})
     runs = [(seed, training) for seed in args.seeds for training in args.trainings]
     said = dict(zip(runs, in_processes(partial(run, args), runs, args.jobs)))
     trained = "trained along above" if args.train_encoder else "frozen; the module reads"
