@@ -93,6 +93,13 @@ class ASEModel(ASEPreTrainedModel):
         self._hook_encoder(encoder)
         self.post_init()
 
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        raise RuntimeError(
+            "`nn.DataParallel` copies a model without its hooks: the saliency branch of every copy would be the first one's. "
+            "The `Trainer` uses it where one process sees several GPUs: start one process for each, with `accelerate launch` or "
+            "`torchrun`, or show it one (CUDA_VISIBLE_DEVICES=0)."
+        )
+
     def _hook_encoder(self, encoder: ImageEncoder):
         hooks = [getattr(hook, "func", None) for hook in encoder.module._forward_pre_hooks.values()]
         if any(getattr(hook, "__name__", None) == self._start_encoder_call.__name__ for hook in hooks):
@@ -241,11 +248,13 @@ class ASEModel(ASEPreTrainedModel):
         kept = choose_tokens(parts, quality, budget, self.config.image_token_selection)
         return {"image_tokens_kept": kept, "image_token_grids": torch.tensor(grids, device=kept.device)}
 
-    def within_budget(self, given: dict[str, Any]) -> tuple[dict[str, Any], PromptCut | None]:
+    def within_budget(self, given: dict[str, Any], pad_left: bool = False) -> tuple[dict[str, Any], PromptCut | None]:
         """
         The inputs of a prompt without the image tokens beyond the budget, and the cut; as they are where nothing is cut.
 
         `given` may name an `image_token_budget`, which counts in place of the configuration's. Images are encoded here.
+        Rows that are shorter than others then are padded on the side on which the batch is, or with `pad_left`, as what is
+        generated needs it, on the left.
 
         Raises:
             ValueError: where the prompt goes on from a cache, or has no ids in which image tokens could be found.
@@ -274,7 +283,7 @@ class ASEModel(ASEPreTrainedModel):
         # under another name: what is cut already is not cut again
         features = add_fields(without(features, "image_tokens_kept"), {"image_tokens_cut": kept})
         given["mm_encoder_outputs"] = {**encoded, "image": features}
-        given, cut = self._cut(given, kept)
+        given, cut = self._cut(given, kept, pad_left)
         cut.grids = features.image_token_grids
         return given, cut
 
@@ -286,7 +295,9 @@ class ASEModel(ASEPreTrainedModel):
             raise ValueError(f"`image_token_budget` has nothing to cut: {name} puts no image tokens into its prompt.")
         return {name: given[name] for name in inspect.signature(encode).parameters if name in given}
 
-    def _cut(self, given: dict[str, Any], kept: torch.Tensor) -> tuple[dict[str, Any], PromptCut]:
+    def _cut(
+        self, given: dict[str, Any], kept: torch.Tensor, pad_left: bool = False
+    ) -> tuple[dict[str, Any], PromptCut]:
         ids = given["input_ids"]
         if given.get("attention_mask") is None:  # gaps in positions alone would be taken for packed sequences
             given["attention_mask"] = torch.ones_like(ids)
@@ -294,7 +305,7 @@ class ASEModel(ASEPreTrainedModel):
             given["position_ids"] = self.mllm._prepare_position_ids_for_generation(ids, given)
         is_image = ids == self.config.image_token_id
         mask = (~is_image).masked_scatter(is_image, kept.to(ids.device))
-        cut = cut_prompt(mask, pads_left(given["attention_mask"]))
+        cut = cut_prompt(mask, pad_left or pads_left(given["attention_mask"]))
         padding = self.config.get_text_config().pad_token_id
         positions = cut.gather(given.pop("position_ids"), 0)
         return {**cut_inputs(given, cut, padding or 0), "position_ids": positions}, cut
@@ -354,6 +365,29 @@ class ASEModel(ASEPreTrainedModel):
         return add_fields(outputs, fields)
 
 
+def _with_normalisation(
+    iasm_config: dict | IASMConfig | None, name_or_path: str, **kwargs: Any
+) -> dict[str, Any] | IASMConfig:
+    """The settings with the normalisation of the image processor at that place, where they have the default."""
+    found = image_normalisation(name_or_path, **kwargs) if name_or_path else {}
+    given, default = iasm_config or {}, IASMConfig()
+    if isinstance(given, IASMConfig):
+        found = {name: value for name, value in found.items() if getattr(given, name) == getattr(default, name)}
+        given = copy(given)
+        for name, value in found.items():
+            setattr(given, name, value)
+        left = given.image_mean == default.image_mean and not found
+    else:
+        left = "image_mean" not in found and "image_mean" not in given
+        given = {**found, **given}
+    if left:
+        logger.warning(
+            f"No image processor is known of this base ({name_or_path or 'it was not loaded from a folder'}): the saliency "
+            "module takes CLIP's normalisation. If the base has another, name `image_mean` and `image_std` in `iasm_config`."
+        )
+    return given
+
+
 class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
     """Writes aesthetic critiques: the base vision-language model with the saliency branch in its image encoder."""
 
@@ -389,20 +423,20 @@ class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
                 the new one and keeps its weights, dtype, device and attention. The saliency branch has the base's dtype, or
                 float32 beside float16.
             iasm_config, fusion_layers, fusion_hidden_size, fusion_num_attention_heads: See `ASEConfig`. The image
-                normalisation is read from the folder's image processor unless `iasm_config` names it.
+                normalisation is read from the image processor in the folder (of a live model: in that which it was loaded
+                from) unless `iasm_config` names another than its default.
             kwargs: Passed to `AutoModelForImageTextToText.from_pretrained`.
 
         Raises:
             ValueError: if the base has no image encoder of a known form.
         """
         mllm = pretrained_model_name_or_path_or_model
-        iasm_config = iasm_config if iasm_config is not None else {}
-        if not isinstance(mllm, PreTrainedModel):
-            if isinstance(iasm_config, dict):
-                iasm_config = {**image_normalisation(mllm, **kwargs), **iasm_config}
-            mllm = AutoModelForImageTextToText.from_pretrained(mllm, **kwargs)
-        elif kwargs:
+        live = isinstance(mllm, PreTrainedModel)
+        if live and kwargs:
             raise ValueError(f"A live model takes no loading arguments, got {sorted(kwargs)}.")
+        iasm_config = _with_normalisation(iasm_config, mllm.name_or_path if live else mllm, **kwargs)
+        if not live:
+            mllm = AutoModelForImageTextToText.from_pretrained(mllm, **kwargs)
         given = drop_none(
             fusion_layers=fusion_layers,
             fusion_hidden_size=fusion_hidden_size,
@@ -515,6 +549,7 @@ class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
             logits_to_keep=logits_to_keep,
             image_token_budget=image_token_budget,
         )
+        self._check_labels(labels, input_ids, caption_weights)
         if unknown := [name for name in kwargs if name.endswith(("_target", "_targets")) or name == "caption_weight"]:
             raise TypeError(f"{sorted(unknown)} are no targets of this model, which takes {sorted(TARGETS)}.")
         given |= {**kwargs, "return_dict": True}
@@ -536,6 +571,31 @@ class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
             result.caption_loss = result.loss
         self._add_saliency_losses(result, score_targets, saliency_targets, aspect_targets, labels, num_items_in_batch)
         return result
+
+    def _check_labels(
+        self,
+        labels: torch.LongTensor | None,
+        input_ids: torch.LongTensor | None,
+        caption_weights: torch.Tensor | None,
+    ):
+        if labels is None:
+            if caption_weights is not None:
+                raise ValueError(
+                    "`caption_weights` are given without `labels`: there is no caption to weigh. With "
+                    "`label_smoothing_factor` the `Trainer` takes the labels away and computes a loss of its own, which "
+                    "knows neither weights nor targets, and for image-text models predicts each token from itself: leave "
+                    "it out."
+                )
+        elif (
+            input_ids is not None
+            and self.config.mllm_config.is_encoder_decoder
+            and labels.shape == input_ids.shape
+            and bool((labels[:, 0] == -100).all())
+        ):
+            raise ValueError(
+                f"These labels lie behind their prompt, and {self.config.mllm_config.model_type} reads prompts in an encoder: "
+                "it would be shown the captions that it is to write. Use `ASEDataCollator(..., encoder_decoder=True)`."
+            )
 
     def _add_saliency_losses(
         self,
@@ -564,6 +624,7 @@ class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
 
     # Generation ------------------------------------------------------------------------------------------------------
 
+    @torch.no_grad()  # within a budget images are encoded here
     def generate(
         self,
         inputs: torch.Tensor | None = None,
@@ -579,7 +640,7 @@ class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
         begin with the whole prompt all the same; streamers and logits processors see the shorter one.
         """
         prompt = {**kwargs, **drop_none(input_ids=inputs)} if inputs is None or inputs.ndim == 2 else kwargs
-        given, cut = self.model.within_budget(prompt)
+        given, cut = self.model.within_budget(prompt, pad_left=True)
         if cut is None:
             kwargs.pop("image_token_budget", None)
             return self._generate(inputs, generation_config, **kwargs)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 import transformers
 from PIL import ExifTags, Image, ImageCms, ImageFilter, ImageOps
 from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
+from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, ProcessorMixin
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.image_processing_base import ImageProcessingMixin
@@ -31,6 +33,13 @@ AESTHETIC_PROMPTS = {
     "composition": "Critique the composition of this photograph.",
     "focus": "Critique the focus and depth of field of this photograph.",
 }
+
+DOWNLOAD_SECONDS = 60  # that an address may take
+
+# These put the places of a photograph before the prompt themselves; one that stands in it would be one too many
+_PLACES_IMAGES_ITSELF = ("Blip2Processor", "InstructBlipProcessor", "Florence2Processor")
+
+ASKED_SIDE = 2048  # pixels; a larger picture takes seconds to ask a processor what it leaves of a photograph
 
 # From dark violet over red to yellow, at equal steps: readable on photographs and in greyscale.
 HEAT_COLOURS = np.array([[40, 11, 84], [101, 21, 110], [159, 42, 99], [212, 72, 66], [245, 125, 21], [250, 193, 39]])
@@ -75,6 +84,10 @@ def read_photograph(photo: str | os.PathLike | bytes | Image.Image, longest_side
     image = _upright(photo)
     if image.mode.startswith(("I", "F")):  # convert() would clip these at 255
         image = _to_eight_bits(image)
+        if (
+            isinstance(photo, TiffImageFile) and photo.tag_v2.get(262) == 0
+        ):  # where white is 0 Pillow heeds it in 8 bits only
+            image = ImageOps.invert(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -191,11 +204,15 @@ def image_normalisation(name_or_path: str, **kwargs: Any) -> dict[str, list[floa
 
 
 def _read_images(images: Any) -> Any:
-    """Photographs in whatever nesting, read; what is no photograph at hand (tensors, addresses) stays as it is."""
+    """Photographs in whatever nesting, read; what is none (tensors) stays as it is."""
     if isinstance(images, (list, tuple)):
         return [_read_images(image) for image in images]
     if isinstance(images, str) and images.startswith("data:image/"):
         return read_photograph(base64.b64decode(images.partition(",")[2]))
+    if isinstance(images, str) and images.startswith(("http://", "https://")):
+        # NOTE: with a name, for some sites (Wikimedia's) refuse programs that have none
+        with urlopen(Request(images, headers={"User-Agent": "ase-mllm"}), timeout=DOWNLOAD_SECONDS) as response:
+            return read_photograph(response.read())
     if isinstance(images, Image.Image) or (isinstance(images, (str, os.PathLike)) and os.path.isfile(images)):
         return read_photograph(images)
     return images
@@ -207,12 +224,21 @@ def _read_conversation(conversation: Any) -> Any:
         return [_read_conversation(part) for part in conversation]
     if not isinstance(conversation, dict):
         return conversation
-    if conversation.get("type") != "image":
+    if conversation.get("type") not in ("image", "image_url"):
         return {name: _read_conversation(v) if name == "content" else v for name, v in conversation.items()}
-    read = {name: _read_images(conversation[name]) for name in ("image", "url", "path") if name in conversation}
-    photo = next((value for value in read.values() if isinstance(value, Image.Image)), None)
-    rest = {name: value for name, value in conversation.items() if name not in read}
-    return conversation if photo is None else {**rest, "image": photo}
+    given = {
+        name: conversation[name] for name in ("image", "url", "path", "base64", "image_url") if name in conversation
+    }
+    for name, value in given.items():
+        if isinstance(value, dict):  # as OpenAI's clients write it
+            value = value.get("url")
+        photo = _read_images(base64.b64decode(value) if name == "base64" else value)
+        if isinstance(photo, bytes):
+            photo = read_photograph(photo)
+        if isinstance(photo, Image.Image):
+            rest = {key: other for key, other in conversation.items() if key not in given}
+            return {**rest, "type": "image", "image": photo}
+    return conversation
 
 
 class ASEProcessor(ProcessorMixin):
@@ -329,6 +355,8 @@ class ASEProcessor(ProcessorMixin):
     def critique_prompt(self, topic: str = "critique") -> str:
         """The prompt for one image: a key of `AESTHETIC_PROMPTS` or a wording of your own, in the chat template if any."""
         text = AESTHETIC_PROMPTS.get(topic, topic)
+        if type(self.base_processor).__name__ in _PLACES_IMAGES_ITSELF:
+            return text
         if self.chat_template is None:
             return f"{self.image_token}\n{text}\n"
         message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
@@ -372,8 +400,11 @@ class ASEProcessor(ProcessorMixin):
         processor = self.image_processor
         if not (getattr(processor, "do_center_crop", False) or getattr(processor, "do_pad", False)):
             return whole
-        y, x = np.mgrid[0:height, 0:width]
-        colours = np.stack([x / width * 200, y / height * 200, np.full_like(x, 255)], axis=-1).round().astype(np.uint8)
+        reduce = max(1, max(height, width) / ASKED_SIDE if getattr(processor, "do_resize", False) else 1)
+        asked = max(1, round(height / reduce)), max(1, round(width / reduce))
+        y, x = np.mgrid[0 : asked[0], 0 : asked[1]]
+        colours = np.stack([x / asked[1] * 200, y / asked[0] * 200, np.full_like(x, 255)], axis=-1)
+        colours = colours.round().astype(np.uint8)
         options = {"do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
         seen = processor(images=Image.fromarray(colours), **options)
         pixels = seen["pixel_values"]
@@ -388,11 +419,11 @@ class ASEProcessor(ProcessorMixin):
                 f"{height} x {width}: its saliency map has no place there. Leave `target_sizes` away."
             )
         edges = []
-        for places, values, side, cells in (
-            (rows, pixels[1][:, columns].mean(1)[rows], height, pixels.shape[1]),
-            (columns, pixels[0][rows].mean(0)[columns], width, pixels.shape[2]),
+        for places, values, side, of, cells in (
+            (rows, pixels[1][:, columns].mean(1)[rows], height, asked[0], pixels.shape[1]),
+            (columns, pixels[0][rows].mean(0)[columns], width, asked[1], pixels.shape[2]),
         ):
-            slope, start = np.polyfit(places[1:-1] + 0.5, values[1:-1] / 200 * side + 0.5, 1)
+            slope, start = np.polyfit(places[1:-1] + 0.5, (values[1:-1] / 200 * of + 0.5) * side / of, 1)
             edges.append((start, start + slope * cells))
         (top, bottom), (left, right) = edges
         return top, left, bottom, right
@@ -417,7 +448,10 @@ class ASEProcessor(ProcessorMixin):
         """
         if outputs.get("image_token_mask") is None:
             raise ValueError("These outputs are of no `image_token_budget`: every image token was kept.")
-        kept = outputs.image_token_mask[input_ids.to(outputs.image_token_mask.device) == self.image_token_id]
+        mask, ids = outputs.image_token_mask, input_ids.to(outputs.image_token_mask.device)
+        # NOTE: what is cut is an image token; the processor's own `image_token_id` is that of its beginning in Gemma 3
+        image_token_id = self.image_token_id if mask.all() else ids[~mask][0]
+        kept = mask[ids == image_token_id]
         grids = outputs.image_token_grids.tolist()
         return [one.view(*grid) for one, grid in zip(kept.split([rows * columns for rows, columns in grids]), grids)]
 
@@ -464,11 +498,14 @@ class ASEDataCollator:
         processor: The model's processor.
         max_length: Longest sequence in tokens. Longer captions are cut; a prompt that leaves no room is an error.
         max_caption_length: Longest caption in tokens, whatever its prompt. Longer ones are cut, and then do not end.
+        encoder_decoder: The base reads the prompt in an encoder and writes the caption in a decoder (Florence-2, BLIP-2 with
+            T5; `model.config.mllm_config.is_encoder_decoder`): labels are the caption alone.
     """
 
     processor: ASEProcessor
     max_length: int | None = None
     max_caption_length: int | None = None
+    encoder_decoder: bool = False
 
     def __call__(self, examples: list[dict[str, Any]]) -> BatchFeature:
         for example in examples:
@@ -480,7 +517,11 @@ class ASEDataCollator:
         # a batch of text alone has no images at all: some processors would make an empty tensor of none
         given = {"images": images} if any(images) else {}
         batch = self.processor(**given, text=prompts, padding=True, return_tensors="pt")
-        self._append_captions(batch, [example["caption"] for example in examples])
+        captions = [example["caption"] for example in examples]
+        if self.encoder_decoder:
+            batch["labels"] = _pad_rows([answer[: self.max_length] for answer in self._answers(captions)], -100)
+        else:
+            self._append_captions(batch, captions)
         counts = torch.tensor([len(group) for group in images])
         for column, name in (
             ("score", "score_targets"),
@@ -501,13 +542,17 @@ class ASEDataCollator:
         return batch
 
     def _check_columns(self, example: dict[str, Any]):
-        """A column that is missing or misspelt is an error: it would be left out without a word."""
+        """A column that is missing, misspelt or of another kind is an error: it would be taken for something else."""
         known = {"image", "images", "caption", "prompt", *OPTIONAL_COLUMNS}
         if "caption" not in example or not {"image", "images"} & set(example):
             raise ValueError(
                 f"An example needs `caption` and `image` (or `images`), got {sorted(example)}. `Trainer` takes away what "
                 "the model itself does not know: pass `TrainingArguments(..., remove_unused_columns=False)`."
             )
+        if not isinstance(example["caption"], str):
+            raise ValueError(f"Column `caption` takes one text an example, got {example['caption']!r}.")
+        if example.get("image", example.get("images")) is None:
+            raise ValueError("Column `image` is None: an example without a photograph has `images` [].")
         for name in set(example) - known:
             near = (
                 ["score"]
@@ -517,32 +562,43 @@ class ASEDataCollator:
             if near and near[0] not in example:
                 raise ValueError(f"Column `{name}` is not known: did you mean `{near[0]}`? Rename it or take it away.")
 
+    def _answers(self, captions: list[str]) -> list[list[int]]:
+        """Tokens of captions and of their end."""
+        tokenizer = self.processor.tokenizer
+        answers = tokenizer(captions, add_special_tokens=False)["input_ids"]
+        return [(answer + [tokenizer.eos_token_id])[: self.max_caption_length] for answer in answers]
+
     def _append_captions(self, batch: BatchFeature, captions: list[str]):
         """Joins prompt and caption as tokens, as generation does, and puts labels on the caption alone."""
-        tokenizer = self.processor.tokenizer
         kept = batch.pop("attention_mask").bool()
         prompts = [ids[mask].tolist() for ids, mask in zip(batch.pop("input_ids"), kept)]
-        answers = tokenizer(captions, add_special_tokens=False)["input_ids"]
-        rows, labels = [], []
-        for prompt, answer in zip(prompts, answers):
-            answer = (answer + [tokenizer.eos_token_id])[: self.max_caption_length]
-            if self.max_length is not None:
-                room = self.max_length - len(prompt)
-                if room < 1:
-                    raise ValueError(
-                        f"The prompt has {len(prompt)} tokens, no room for a caption in {self.max_length}."
-                    )
-                answer = answer[:room]
-            rows.append(prompt + answer)
-            labels.append([-100] * len(prompt) + answer)
-        length = max(map(len, rows))
-        batch["input_ids"] = torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in rows])
-        batch["labels"] = torch.tensor([row + [-100] * (length - len(row)) for row in labels])
-        batch["attention_mask"] = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
-        for name in ("token_type_ids", "mm_token_type_ids"):  # of the prompt; captions are text, type 0
-            if name in batch:
-                types = [types[mask].tolist() for types, mask in zip(batch[name], kept)]
-                batch[name] = torch.tensor([row + [0] * (length - len(row)) for row in types])
+        answers = self._answers(captions)
+        if self.max_length is not None:
+            longest = max(map(len, prompts))
+            if longest >= self.max_length:
+                raise ValueError(f"The prompt has {longest} tokens, no room for a caption in {self.max_length}.")
+            answers = [answer[: self.max_length - len(prompt)] for prompt, answer in zip(prompts, answers)]
+        rows = [prompt + answer for prompt, answer in zip(prompts, answers)]
+        batch["input_ids"] = _pad_rows(rows, self.processor.tokenizer.pad_token_id)
+        batch["labels"] = _pad_rows([[-100] * len(prompt) + answer for prompt, answer in zip(prompts, answers)], -100)
+        batch["attention_mask"] = _pad_rows([[1] * len(row) for row in rows], 0)
+        # of captions: they are text, type 0; but PaliGemma's type 0 is a prefix, all of whose tokens see each other
+        types = {"token_type_ids": int(type(self.processor.base_processor).__name__ == "PaliGemmaProcessor")}
+        types["mm_token_type_ids"] = 0
+        for name in types.keys() & batch.keys():
+            of_prompts = [values[mask].tolist() for values, mask in zip(batch[name], kept)]
+            batch[name] = _pad_rows(
+                [values + [types[name]] * len(answer) for values, answer in zip(of_prompts, answers)], 0
+            )
+        if "cross_attention_mask" in batch:  # Mllama's, of tokens and tiles: a caption sees what its prompt's end sees
+            masks = [values[mask] for values, mask in zip(batch["cross_attention_mask"], kept)]
+            masks = [torch.cat([one, one[-1:].expand(len(a), -1, -1)]) for one, a in zip(masks, answers)]
+            batch["cross_attention_mask"] = pad_sequence(masks, batch_first=True)
+
+
+def _pad_rows(rows: list[list[int]], padding: int) -> torch.Tensor:
+    """Rows of different lengths as one tensor, padded on the right."""
+    return pad_sequence(list(map(torch.tensor, rows)), batch_first=True, padding_value=padding)
 
 
 def _place_map(

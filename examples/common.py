@@ -31,7 +31,9 @@ def topics_of(text: str) -> set[str]:
 def write_captions(model: Any, processor: Any, inputs: dict[str, Any], **options: Any) -> tuple[list[str], Any]:
     """What is generated after each prompt, on one line, and all that `generate()` returns."""
     output = model.generate(**inputs, do_sample=False, return_dict_in_generate=True, **options)
-    answers = output.sequences[:, inputs["input_ids"].shape[1] :]
+    # an encoder's prompt does not stand before what its decoder writes
+    prompt = 0 if model.config.get_text_config().is_encoder_decoder else inputs["input_ids"].shape[1]
+    answers = output.sequences[:, prompt:]
     texts = processor.batch_decode(answers, skip_special_tokens=True)
     return [" ".join(text.split()) for text in texts], output
 
@@ -47,7 +49,9 @@ def critique(
 ) -> list[dict[str, Any]]:
     """Caption, score, aspects and heat map, in 0..1 at `(height, width)` of `sizes`, of each image by an ASE model."""
     prompts = [processor.critique_prompt(one) for one in questions or ["critique"] * len(images)]
-    inputs = processor(images=images, text=prompts, padding=True, return_tensors="pt")
+    # nested: some processors (Gemma 3, Mllama) take a flat list for the photographs of one prompt
+    nested = [[image] for image in images]
+    inputs = processor(images=nested, text=prompts, padding=True, return_tensors="pt")
     captions, output = write_captions(model, processor, inputs.to(model.device, dtype=model.dtype), **options)
     columns = {
         "caption": captions,

@@ -339,7 +339,9 @@ class CritiqueTrainer(GuardedTrainer):
             images = [read_photograph(row["image"]) for row in rows]
             questions = [row_question(row["topic"], row["prompt"]) for row in rows]
             prompts = [processor.critique_prompt(question) for question in questions]
-            inputs = self._prepare_inputs(processor(images=images, text=prompts, padding=True, return_tensors="pt"))
+            inputs = self._prepare_inputs(
+                processor(images=[[image] for image in images], text=prompts, padding=True, return_tensors="pt")
+            )
             with self.compute_loss_context_manager():
                 texts, outputs = write_captions(
                     self.model, processor, inputs, max_new_tokens=self.script_args.max_new_tokens
@@ -471,6 +473,19 @@ def check_arguments(args: ScriptArguments):
         )
 
 
+def check_training_arguments(training_args: TrainingArguments):
+    if training_args.label_smoothing_factor:
+        raise ValueError(
+            "--label_smoothing_factor is not for image-text models: the Trainer's own loss predicts each token from itself "
+            "there, and leaves out scores, maps, aspects and caption weights."
+        )
+    if training_args.n_gpu > 1:
+        raise ValueError(
+            f"One process sees {training_args.n_gpu} GPUs: start one for each, `accelerate launch --num_processes "
+            f"{training_args.n_gpu} examples/finetune.py ...`, or show it one (CUDA_VISIBLE_DEVICES=0)."
+        )
+
+
 def warn_of_lost_questions(rows: datasets.Dataset, prompts: datasets.Dataset, model: str):
     """Says when the prompts made of rows have fewer wordings than the rows have questions: the chat template drops words."""
     asked, wordings = set(map(row_question, rows["topic"], rows["prompt"])), prompts.unique("prompt")
@@ -542,6 +557,7 @@ def main():
     set_seed(training_args.seed)
     with input_errors():
         check_arguments(args)
+        check_training_arguments(training_args)
         processor = ASEProcessor.from_pretrained(args.model)
         processor.tokenizer.padding_side = "left"  # as generation in batches needs it
         train_rows, validation_rows, photographs, reports = read_data(args, training_args, processor)
@@ -559,7 +575,8 @@ def main():
         "callbacks": [EarlyStoppingCallback(args.patience)] if args.patience and evaluates else None,
     }
     make_collator = PlainCollator if args.graft == "none" else ASEDataCollator
-    collator = make_collator(processor, args.max_length, args.max_caption_length)
+    encoder_decoder = model.config.get_text_config().is_encoder_decoder
+    collator = make_collator(processor, args.max_length, args.max_caption_length, encoder_decoder)
     is_first, named = training_args.process_index == 0, training_args.resume_from_checkpoint
     resumed = named or last_checkpoint(training_args.output_dir, verbose=is_first)
     run = {"model": {"name": args.model, "graft": args.graft, "stage": args.stage}}

@@ -156,6 +156,28 @@ def test_a_budget_is_saved_and_a_given_one_counts_in_its_place(tmp_path):
         assert same == (selection == "uniform")
 
 
+def test_rows_that_lose_different_numbers_write_what_they_write_alone():
+    """Rows of one length need no padding of their own: what the cut adds must stand on the left."""
+    generator, model = torch.Generator().manual_seed(1), tiny_model().eval()
+    pixels = torch.randn(3, 3, 32, 32, generator=generator)
+    rows = [
+        torch.cat([torch.full((16 * images,), 4), torch.randint(5, 99, (40 - 16 * images,), generator=generator)])
+        for images in (1, 2, 0)
+    ]
+    given = {"max_new_tokens": 6, "do_sample": False, "image_token_budget": 0.5}
+    together = model.generate(input_ids=torch.stack(rows), pixel_values=pixels, **given)
+    for row, answer, photos in zip(rows, together, (pixels[:1], pixels[1:], None)):
+        options = {"max_new_tokens": 6, "do_sample": False} if photos is None else {"pixel_values": photos, **given}
+        alone = model.generate(input_ids=row[None], **options)[0]
+        assert torch.equal(answer, alone)
+
+
+def test_generation_within_a_budget_keeps_no_gradients():
+    model, inputs = tiny_model().eval(), make_inputs()
+    outputs = model.generate(**inputs, max_new_tokens=2, image_token_budget=0.5, return_dict_in_generate=True)
+    assert not outputs.score_logits.requires_grad and not outputs.saliency_maps.requires_grad
+
+
 def test_a_prompt_that_goes_on_from_a_cache_is_refused():
     model, inputs = tiny_model(), make_inputs()
     cache = model(**inputs, use_cache=True).cache

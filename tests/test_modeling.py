@@ -114,7 +114,38 @@ def test_the_normalisation_is_read_from_the_image_processor(tmp_path):
     named = graft(str(tmp_path), iasm_config={**IASM, "image_mean": [0.9, 0.9, 0.9]}).config.iasm_config
     assert (named.image_mean, named.image_std) == ([0.9, 0.9, 0.9], [0.4, 0.5, 0.6])
     whole = IASMConfig(**IASM)
-    assert graft(str(tmp_path), iasm_config=whole).config.iasm_config is whole
+    config = graft(str(tmp_path), iasm_config=whole).config.iasm_config
+    assert (config.image_mean, config.image_std) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+    assert whole.image_mean == IASMConfig().image_mean  # the caller's stays as it is
+    other = IASMConfig(**IASM, image_mean=[0.9, 0.9, 0.9])
+    assert graft(str(tmp_path), iasm_config=other).config.iasm_config.image_mean == [0.9, 0.9, 0.9]
+    live = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    config = graft(live).config.iasm_config
+    assert (config.image_mean, config.image_std) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+
+
+def test_a_base_without_an_image_processor_is_told(caplog):
+    """A grey of the base would be another grey of the module, and nothing would show it."""
+    graft(tiny_base())
+    assert "CLIP's normalisation" in caplog.text and "it was not loaded from a folder" in caplog.text
+    caplog.clear()
+    graft(tiny_base(), iasm_config={**IASM, "image_mean": [0.5] * 3, "image_std": [0.5] * 3})
+    graft(tiny_base(), iasm_config=IASMConfig(**IASM, image_mean=[0.5] * 3))
+    assert not caplog.text
+
+
+def test_copies_of_data_parallel_are_refused():
+    """Of whose hooks and `forward` every copy would have the first one's."""
+    with pytest.raises(RuntimeError, match="accelerate launch"):
+        tiny_model()._replicate_for_data_parallel()
+        for module in tiny_model().modules():
+            module._replicate_for_data_parallel()
+
+
+def test_weights_of_captions_need_captions():
+    inputs = make_inputs()
+    with pytest.raises(ValueError, match="label_smoothing_factor"):
+        tiny_model()(**inputs, caption_weights=torch.ones(2))
 
 
 def test_a_graft_keeps_mode_and_generation_config():

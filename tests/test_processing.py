@@ -2,9 +2,12 @@
 
 import base64
 import copy
+import functools
 import json
 import pickle
 import struct
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -190,9 +193,16 @@ def test_a_photograph_is_read_as_people_see_it(kind, processor, tmp_path):
     expected = processor.base_processor(images=seen, text=prompt, return_tensors="pt")["pixel_values"]
     chat = [{"role": "user", "content": [{"type": "image", "path": str(path)}, {"type": "text", "text": "good ?"}]}]
     data = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
-    url = [{"role": "user", "content": [{"type": "image", "url": data}, {"type": "text", "text": "good ?"}]}]
+    parts = (
+        {"type": "image", "url": data},
+        {"type": "image", "base64": data.partition(",")[2]},
+        {"type": "image_url", "image_url": {"url": data}},  # as OpenAI's clients write it
+        {"type": "image_url", "image_url": str(path)},
+    )
+    url, *others = [[{"role": "user", "content": [part, {"type": "text", "text": "good ?"}]}] for part in parts]
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
     for pixels in (
+        *(processor.apply_chat_template(other, **options) for other in others),
         processor(images=Image.open(path), text=prompt, return_tensors="pt"),
         processor(images=[[str(path)]], text=[prompt], return_tensors="pt"),
         ASEDataCollator(processor)([{"image": Image.open(path), "caption": "good"}]),
@@ -200,6 +210,48 @@ def test_a_photograph_is_read_as_people_see_it(kind, processor, tmp_path):
         processor.apply_chat_template([chat, url], padding=True, **options),
     ):
         torch.testing.assert_close(pixels["pixel_values"][:1], expected, rtol=0, atol=0.06)
+
+
+def test_photographs_at_addresses_are_read_as_files_are(processor, tmp_path):
+    kept, _, seen = as_kept("grey16")
+    kept.save(tmp_path / "photo.png")
+    handler = functools.partial(QuietHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/photo.png"
+        options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        content = [{"type": "image", "url": address}, {"type": "text", "text": "good ?"}]
+        prompt = processor.critique_prompt()
+        expected = processor.base_processor(images=seen, text=prompt, return_tensors="pt")["pixel_values"]
+        for pixels in (
+            processor(images=address, text=prompt, return_tensors="pt"),
+            processor.apply_chat_template([{"role": "user", "content": content}], **options),
+            ASEDataCollator(processor)([{"image": address, "caption": "good"}]),
+        ):
+            torch.testing.assert_close(pixels["pixel_values"], expected, rtol=0, atol=0.06)
+        with pytest.raises(Exception, match="404"):
+            processor(images=address + "x", text=prompt, return_tensors="pt")
+        server.shutdown()
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_tiff_whose_white_is_0_is_no_negative(bits, tmp_path):
+    path, grey = tmp_path / "photo.tif", np.asarray(scene().convert("L"))
+    if bits == 8:  # which Pillow turns over when it writes, and again when it reads
+        Image.fromarray(grey).save(path, tiffinfo={262: 0})
+    else:
+        Image.fromarray(65535 - grey.astype(np.uint16) * 257).save(path)
+        black_is_0, white_is_0 = (struct.pack("<HHIHH", 262, 3, 1, value, 0) for value in (1, 0))
+        path.write_bytes(path.read_bytes().replace(black_is_0, white_is_0))
+    with Image.open(path) as photo:
+        assert photo.tag_v2[262] == 0
+    image = np.asarray(read_photograph(path).convert("L"), dtype=float)
+    assert np.abs(image - grey).max() <= 3
 
 
 def test_bright_and_dark_pictures_of_floating_point_stay_so():
@@ -437,6 +489,13 @@ def test_a_misspelt_column_is_named(name, processor):
     ASEDataCollator(processor)([examples()[0] | {"image_id": "7", "url": "x", "title": "y", "captions": ["z"]}])
 
 
+def test_columns_of_another_kind_are_refused(processor):
+    with pytest.raises(ValueError, match=r"one text an example, got \['good', 'blurred'\]"):
+        ASEDataCollator(processor)([{"image": photo(), "caption": ["good", "blurred"]}])
+    with pytest.raises(ValueError, match=r"`image` is None.*`images` \[\]"):
+        ASEDataCollator(processor)([{"image": None, "caption": "good"}])
+
+
 def test_columns_that_were_taken_away_are_missed(processor):
     """As `Trainer` does by default with a data set."""
     with pytest.raises(ValueError, match=r"got \['prompt'\].*remove_unused_columns=False"):
@@ -603,6 +662,22 @@ def test_a_map_lies_where_the_model_saw_it(kind, size, processor):
     assert tuple(heat.shape) == size
     centre = [(heat.sum(1 - axis) * torch.arange(size[axis])).sum().item() / heat.sum().item() for axis in (0, 1)]
     assert centre == pytest.approx([y, x], abs=size[0] / 40)
+
+
+@pytest.mark.parametrize("kind", ["whole", "shortest edge, then the middle", "padded to a square"])
+def test_large_photographs_are_asked_for_reduced_and_in_their_own_pixels(kind, processor, monkeypatch):
+    processor = cropping(processor, kind)
+    small, asked = processor._seen_box(333, 500), []
+    ask = type(processor.image_processor).__call__
+
+    def listen(self, images, **options):
+        asked.append(images.size)
+        return ask(self, images, **options)
+
+    monkeypatch.setattr(type(processor.image_processor), "__call__", listen)
+    large = processor._seen_box(3330, 5000)
+    assert large == pytest.approx([10 * side for side in small], abs=15)
+    assert kind == "whole" or max(asked[0]) == 2048
 
 
 @pytest.mark.parametrize("kind", ["whole", "shortest edge, then the middle", "padded to a square"])
