@@ -40,6 +40,7 @@ except photographs that are both trained and evaluated on.
 """
 
 import argparse
+import difflib
 import functools
 import hashlib
 import itertools
@@ -57,7 +58,7 @@ from typing import Any
 import datasets
 import numpy as np
 from data_report import Report, SplitReport, is_kept
-from data_schema import FEATURES, NOTES, RAW_FEATURES, SPLITS, Options, read_name, to_schema, whole
+from data_schema import FEATURES, KNOWN_COLUMNS, NOTES, RAW_FEATURES, SPLITS, Options, read_name, to_schema, whole
 from datasets.exceptions import DatasetsError
 from picture_files import PictureIndex, find_picture, index_pictures, is_damaged, normal_path, photograph_id
 from picture_files import without_suffix as without_suffix
@@ -131,8 +132,14 @@ def file_rows(
         here_options = replace(options, known=known_scale(names))
         here = "" if len(place.parts) == 1 else place.parent.as_posix()
         beside = file.stem == "metadata"  # it means the picture of that very path
+        unused = set()
         for number, content in rows:
             row = content or {}
+            for name in row.keys() - KNOWN_COLUMNS - unused:
+                unused.add(name)
+                near = difflib.get_close_matches(str(name).lower(), KNOWN_COLUMNS, 1, 0.85)
+                if near and near[0] not in row:
+                    notes.append(f"{place}: the column {name!r} is not read: {near[0]!r} would be")
             name = read_name(row.get("image")) or ""
             found = find_row_picture(name, here, images, beside, find_index(images or root)) if name else None
             split = split_of(place, normal_path(posixpath.join(here, name) if beside else name))

@@ -1,5 +1,7 @@
 """The columns of data in the examples, and how a row of any source becomes one of them, with what is wrong with it."""
 
+import ast
+import json
 import math
 import re
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ from common import words
 from picture_files import photograph_id
 from readers import pccd
 from readers.conversations import PLACEHOLDER
+from readers.own import PICTURE
 from scales import DEFAULT, Scale, say_scale
 
 from ase_mllm.processing_ase import OPTIONAL_COLUMNS
@@ -35,6 +38,10 @@ FEATURES = datasets.Features(
         "split": datasets.Value("string"),
     }
 )
+# What rows of one's own may call what `to_schema` reads
+KNOWN_COLUMNS = {"caption", "captions", "caption_weight", "caption_weights", "rating", "score", "gt_score", "topic"}
+KNOWN_COLUMNS |= {"aspect", "topic_range", "topic_score", "topic_scores", "aspect_labels", "saliency", "split"}
+KNOWN_COLUMNS |= {"image_id", "prompt", "score_range", "several_images", *PICTURE}
 # on the way: pictures unread, and what the report tells of the row
 NOTES = {
     "problems": datasets.List(datasets.Value("string")),
@@ -145,9 +152,9 @@ def read_image_id(row: dict[str, Any], problems: list[str]) -> str | None:
 
 def read_texts(row: dict[str, Any], problems: list[str]) -> tuple[list[str], list[float] | None]:
     """The captions that say anything, and their weights if there are any."""
-    texts = row.get("caption") if row.get("captions") is None else row["captions"]
+    texts = read_list(row.get("caption") if row.get("captions") is None else row["captions"])
     texts = [] if texts is None else texts if isinstance(texts, list) else [texts]
-    weights = row.get("caption_weights", row.get("caption_weight"))
+    weights = read_list(row.get("caption_weights", row.get("caption_weight")))
     if not isinstance(weights, list):
         weights = None if weights in (None, "") else [weights] * len(texts)
     weights = read_numbers({"caption_weight": weights}, "caption_weight", 1, problems) if texts else None
@@ -169,6 +176,22 @@ def read_texts(row: dict[str, Any], problems: list[str]) -> tuple[list[str], lis
     return list(kept.values()), None if weights is None else [weights[position] for position in kept]
 
 
+def read_list(value: Any) -> Any:
+    """The list that a table's cell holds as text, as JSON or as Python writes it; anything else as it is."""
+    if not isinstance(value, str) or not (text := value.strip()).startswith("["):
+        return value
+    # as an array is written, without commas, Python would read all texts as one
+    text = re.sub(r"(['\"])\s+(?=['\"])", r"\1, ", text)
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            parsed = parse(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(parsed, list):
+            return parsed
+    return value
+
+
 def read_score(
     row: dict[str, Any], options: Options, problems: list[str]
 ) -> tuple[list[float] | None, float | None, float | None, str | None]:
@@ -177,6 +200,7 @@ def read_score(
     scale; what it was read as, in words.
     """
     value = next((row[name] for name in ("rating", "score", "gt_score") if row.get(name) not in (None, "")), None)
+    value = read_list(value)
     if value is None:
         return None, None, None, None
     if isinstance(value, list):
@@ -249,8 +273,8 @@ def read_topic_scores(
 
 
 def read_numbers(row: dict[str, Any], name: str, dimensions: int, problems: list[str]) -> list | None:
-    value = row.get(name)
-    if value is None:
+    value = read_list(row.get(name))
+    if value is None or value == "":
         return None
     try:
         array = np.array(value, dtype=np.float64)

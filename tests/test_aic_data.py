@@ -8,6 +8,7 @@ from pathlib import Path
 import aic_data
 import datasets
 import numpy as np
+import pandas
 import pytest
 import torch
 from conftest import tiny_model, tiny_processor
@@ -468,3 +469,32 @@ def test_command_line(tmp_path, capsys):
     ):
         assert aic_data.main(arguments) == 1
         assert message in capsys.readouterr().err
+
+
+def test_lists_in_the_cells_of_a_table_are_lists(tmp_path):
+    """As pandas writes them, and `json.dumps`; a text that only begins like one stays a text."""
+    names = [f"{letter}.jpg" for letter in "abcd"]
+    _pictures(tmp_path, *names)
+    captions = ["The light is soft.", "The horizon 'tilts'."]
+    rows = {
+        "file_name": names,
+        "captions": [captions, json.dumps(captions), np.array(captions), "[sic] It's soft."],
+        "score": [[0, 0, 1, 3, 4, 2, 0, 0, 0, 0], "6.5", json.dumps([1] * 10), ""],
+        "aspect_labels": [[1.0, -1, 0], "", "[0, 1, 1]", None],
+    }
+    pandas.DataFrame(rows).to_csv(tmp_path / "metadata.csv", index=False)
+    (read,), report = _load(tmp_path)[0].values(), _load(tmp_path)[1]
+    assert [row["captions"] for row in read] == [captions] * 3 + [["[sic] It's soft."]]
+    assert read[0]["score"][4] == pytest.approx(0.4) and read[1]["score_mean"] == pytest.approx(6.5)
+    assert read[2]["score"] == pytest.approx([0.1] * 10) and read[3]["score_mean"] is None
+    assert [row["aspect_labels"] for row in read] == [[1, -1, 0], None, [0, 1, 1], None]
+    assert not report.splits["train"].problems
+
+
+def test_heads_of_tables_in_capitals_are_read_and_misspelt_ones_told(tmp_path):
+    _pictures(tmp_path, "a.jpg")
+    head, row = "File_Name,Caption,Score,aspect_lables", 'a.jpg,The light is soft.,6.5,"[1, 0]"'
+    (tmp_path / "metadata.csv").write_text(f"{head}\n{row}\n")
+    ((read,),), report = _load(tmp_path)[0].values(), _load(tmp_path)[1]
+    assert read["captions"] == ["The light is soft."] and read["score_mean"] == pytest.approx(6.5)
+    assert report.notes == ["metadata.csv: the column 'aspect_lables' is not read: 'aspect_labels' would be"]
