@@ -369,7 +369,8 @@ def run(library: Library, found: Found, files: list[Path], args: argparse.Namesp
     except (OSError, sqlite3.Error) as error:
         outcome.stopped = outcome.stopped or str(error)
     if outcome.stopped:
-        print(f"Stopped: {outcome.stopped}. What was written is whole: the same command goes on.", file=sys.stderr)
+        again = "without --fresh the same command goes on" if args.fresh else "the same command goes on"
+        print(f"Stopped: {outcome.stopped}. What was written is whole: {again}.", file=sys.stderr)
     elif args.xmp:
         outcome.failed += write_xmp(library, files, args)
     forgiven = args.some_may_fail and shown

@@ -101,6 +101,7 @@ NO_PTB = (
 )
 NAMES = ("image_id", "file_name", "path", "image")
 SCORES = ("rating", "score", "gt_score", "score_mean")  # whichever a line of references has
+DIFFERENT = "scores of one photograph that differ from its first one, which counts"
 
 Rows = list[dict[str, Any]]
 
@@ -170,7 +171,7 @@ def key_of(row: dict[str, Any]) -> tuple[str | None, ...]:
 
 def read_references(path: Path, notes: list[str]) -> Rows:
     """One row for each photograph and topic, in the file's order; what is left out or joined is counted in `notes`."""
-    rows, empty, joined = {}, 0, 0
+    rows, empty, joined, conflicts = {}, 0, 0, 0
     for row in read_lines(path, notes):
         texts = row.get("captions") or row.get("caption") or []
         texts = texts if isinstance(texts, list) else [texts]
@@ -179,7 +180,8 @@ def read_references(path: Path, notes: list[str]) -> Rows:
         key = key_of(row)
         joined += key in rows
         if key in rows:
-            rows[key]["captions"] += row["captions"]
+            rows[key]["captions"] += row.pop("captions")
+            conflicts += fill(rows[key], row)
         else:
             rows[key] = row
     kept = [row for row in rows.values() if row["captions"] or given_score(row) is not None]
@@ -189,9 +191,31 @@ def read_references(path: Path, notes: list[str]) -> Rows:
         "references: empty ones left out": empty,
         "references: lines joined with another of the same photograph and topic": joined,
         "references: photographs or topics without one left out": len(rows) - len(kept),
+        DIFFERENT: conflicts,
     }
     notes += as_notes(counts)
     return kept
+
+
+def fill(row: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Adds to a row what it does not say and another one of the same photograph does; whether their scores differ."""
+    scores = given_score(row), given_score(other)
+    for name, value in other.items():
+        if row.get(name) in (None, "", [], {}) and not (name in SCORES and scores[0] is not None):
+            row[name] = value
+    return None not in scores and scores[0] != scores[1]
+
+
+def by_photograph(rows: Rows, photos: np.ndarray, report: Report) -> Rows:
+    """One row a photograph, in the order of their numbers: scores and maps belong to it, and not to one of its topics."""
+    whole, conflicts = {}, 0
+    for photo, row in zip(photos.tolist(), rows):
+        if photo in whole:
+            conflicts += fill(whole[photo], row)
+        else:
+            whole[photo] = dict(row)
+    report.notes += as_notes({DIFFERENT: conflicts})
+    return [whole[photo] for photo in sorted(whole)]
 
 
 def load_references(args: argparse.Namespace) -> Rows:
@@ -388,8 +412,7 @@ def evaluate(references: Rows, captions: Rows, args: argparse.Namespace, missing
     if texts:
         pairs = [references[i] for i in texts], [captions[i] for i in texts]
         evaluate_texts(*pairs, photos[texts], args, missing, report)
-    firsts = np.unique(photos, return_index=True)[1]  # scores and maps belong to a photograph, not to a topic
-    references, captions = [references[i] for i in firsts], [captions[i] for i in firsts]
+    references, captions = (by_photograph(rows, photos, report) for rows in (references, captions))
     evaluate_scores(references, captions, args.seed, report)
     evaluate_topic_scores(references, captions, args.seed, report)
     evaluate_saliency(references, captions, args.seed, report)

@@ -31,6 +31,7 @@ ROOT = "Critique"  # aspects are tags below it
 TOGETHER = 500  # sidecars an exiftool: it takes long to start, and little for each
 DESCRIPTIONS = ("XMP-dc:Description", "XMP-tiff:ImageDescription")
 RATING, SUBJECT = "XMP-xmp:Rating", "XMP-dc:Subject"
+PACKET = "XMP:XMP"  # what exiftool says of all of it
 # The two ways of keeping a tree of tags: the field, and what stands between the levels
 TREES = {"XMP-digiKam:TagsList": "/", "XMP-lr:HierarchicalSubject": "|"}
 RDF = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}RDF"
@@ -71,15 +72,22 @@ def write_sidecars(results: Iterable[dict[str, Any]], form: str = FORMS[0], over
                 sidecars[sidecar] = row
             except (Refused, OSError) as error:
                 done.problems.append(Failure(photo, f"no sidecar: {error}"))
-        there = [sidecar for sidecar in sidecars if sidecar.exists()]
-        present = read(there)
-        for sidecar in set(there) - set(present):  # what it says is not known, so nothing may be changed
+        there = {sidecar for sidecar in sidecars if sidecar.exists()}
+        said = read([*there, *(Path(row["path"]) for sidecar, row in sidecars.items() if sidecar not in there)])
+        for sidecar in there - said.keys():  # what it says is not known, so nothing may be changed
             photo = Path(sidecars.pop(sidecar)["path"])
             done.problems.append(Failure(photo, f"no sidecar: exiftool cannot read {sidecar.name}"))
-        changes = {sidecar: changes_of(row, present.get(sidecar, {}), overwrite) for sidecar, row in sidecars.items()}
+        # a photograph may say such things itself, and programs that find a sidecar look no further
+        photos = {sidecar: Path(row["path"]) for sidecar, row in sidecars.items() if sidecar not in there}
+        sources = {sidecar: sidecar for sidecar in there & sidecars.keys()}
+        sources |= {sidecar: photo for sidecar, photo in photos.items() if PACKET in said.get(photo, {})}
+        changes = {
+            sidecar: changes_of(row, said.get(sources.get(sidecar), {}), overwrite)
+            for sidecar, row in sidecars.items()
+        }
         wanted = {sidecar: arguments for sidecar, arguments in changes.items() if arguments}
         done.unchanged += len(changes) - len(wanted)
-        for sidecar, problem in merge(wanted).items():
+        for sidecar, problem in merge(wanted, sources).items():
             if problem is None:
                 done.written += 1
             else:
@@ -183,19 +191,23 @@ def exiftool(arguments: list[str | Path]) -> subprocess.CompletedProcess:
         os.unlink(file.name)
 
 
-def read(sidecars: list[Path]) -> dict[Path, dict[str, Any]]:
-    """What sidecars say in the fields that are written here, all as text."""
-    if not sidecars:
+def read(files: list[Path]) -> dict[Path, dict[str, Any]]:
+    """What sidecars, or photographs, say in the fields that are written here, all as text."""
+    if not files:
         return {}
-    names = [f"-{name}" for name in (*DESCRIPTIONS, RATING, SUBJECT, *TREES)]
-    output = exiftool(["-json", "-G1", "-api", "struct=0", *names, *sidecars]).stdout
+    names = [f"-{name}" for name in ("XMP", *DESCRIPTIONS, RATING, SUBJECT, *TREES)]
+    output = exiftool(["-json", "-G1", "-api", "struct=0", *names, *files]).stdout
     # NOTE: a tag such as 2024 or 1e5 is text, too
     rows = json.loads(output or "[]", parse_int=str, parse_float=str)
     return {Path(row["SourceFile"]): row for row in rows if "Error" not in row}
 
 
-def merge(changes: dict[Path, list[str]]) -> dict[Path, str | None]:
-    """Writes all sidecars anew, each beside and renamed; says of each what went wrong, if anything."""
+def merge(changes: dict[Path, list[str]], sources: dict[Path, Path]) -> dict[Path, str | None]:
+    """
+    Writes all sidecars anew, each beside and renamed; says of each what went wrong, if anything.
+
+    `sources` are the files whose XMP they begin with: themselves, or of new ones the photographs, if they have any.
+    """
     outcome: dict[Path, str | None] = {}
     with tempfile.TemporaryDirectory() as folder:
         arguments, drafts = [], {}
@@ -203,10 +215,15 @@ def merge(changes: dict[Path, list[str]]) -> dict[Path, str | None]:
             drafts[sidecar] = Path(folder, f"{number}.xmp")
             if arguments:
                 arguments.append("-execute")
-            if sidecar.exists():
-                arguments += [*wanted, "-o", drafts[sidecar], sidecar]
-            else:
+            source = sources.get(sidecar)
+            if source is None:
                 arguments += [*wanted, drafts[sidecar]]
+                continue
+            if source != sidecar:  # exiftool copies all of it, but then changes nothing in the same step
+                packet = Path(folder, f"{number}-own.xmp")
+                arguments += ["-tagsfromfile", source, "-XMP", packet, "-execute"]
+                source = packet
+            arguments += [*wanted, "-o", drafts[sidecar], source]
         said = exiftool(arguments).stderr.strip() if arguments else ""
         for sidecar, draft in drafts.items():
             try:

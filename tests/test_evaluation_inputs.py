@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import tiny_base, tiny_processor
 from PIL import Image
+from scipy.stats import spearmanr
 from test_evaluate_captions import figures, run, write
 
 
@@ -76,6 +77,28 @@ def test_scores_alone_are_measured(tmp_path):
     assert run(captions, "--references", scaled, "--out", tmp_path / "out", "--score-range", 10, 100) == 0
     assert figures(tmp_path / "out")["PLCC", "score"]["systems"]["c"]["value"] == pytest.approx(
         np.corrcoef(said, true)[0, 1]
+    )
+
+
+@pytest.mark.parametrize("order", ["captions first", "ratings first", "by topic"])
+def test_ratings_count_whichever_line_they_stand_on(order, tmp_path):
+    """Lines of captions and lines of ratings, as when two tables are put one after the other."""
+    names = [f"{letter}.jpg" for letter in "abcdef"]
+    captions = [{"image_id": name, "captions": [f"it is {name}"]} for name in names]
+    ratings = [{"image_id": name, "rating": 3 + i} for i, name in enumerate(names)]
+    if order == "by topic":
+        ratings = [{**row, "aspect": "light", "captions": ["the light is soft"]} for row in ratings]
+    lines = [*ratings, *captions] if order == "ratings first" else [*captions, *ratings]
+    references = write(tmp_path / "r.jsonl", [*lines, {"image_id": "a.jpg", "rating": 9}])
+    said = [{"image_id": name, "caption": "soft", "score": i + 1.5} for i, name in enumerate(names)]
+    said += [{**row, "aspect": "light"} for row in said] if order == "by topic" else []
+    assert run(write(tmp_path / "c.jsonl", said), "--references", references, "--out", tmp_path / "out") == 0
+    srcc = figures(tmp_path / "out")["SRCC", "score"]["systems"]["c"]["value"]
+    other = 9 if order == "by topic" else 3  # of the photograph's first line that has one
+    assert srcc == pytest.approx(spearmanr([other, 4, 5, 6, 7, 8], range(6)).statistic)
+    assert (
+        "scores of one photograph that differ from its first one, which counts: 1"
+        in (tmp_path / "out" / "report.md").read_text()
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import xmp_sidecars
+from PIL import Image
 from xmp_sidecars import write_sidecars
 
 
@@ -135,6 +136,25 @@ def test_what_is_theirs_stays(name, theirs, ours, photo):
     done = write_sidecars([row(photo)])
     assert (done.written, done.unchanged) == (0, 1) and sidecar.read_bytes() == content
     assert sorted(os.listdir(photo.parent)) == sorted(["photo.jpg", name])
+
+
+@pytest.mark.parametrize("theirs", [LIGHTROOM, DARKTABLE, DIGIKAM], ids=["lightroom", "darktable", "digikam"])
+def test_what_a_photograph_says_itself_is_in_its_first_sidecar(theirs, tmp_path):
+    """Programs that find a sidecar do not look into the photograph: its stars and words would be gone."""
+    photo, beside = tmp_path / "photo.jpg", tmp_path / "other.xmp"
+    packet = theirs.encode()
+    Image.new("RGB", (40, 30), "gray").save(photo, xmp=packet)
+    beside.write_text(theirs, encoding="utf-8")
+    content, before = photo.read_bytes(), said(photo)
+    assert before == said(beside)
+    assert write_sidecars([row(photo)]).written == 1
+    after = said(photo.with_name("photo.jpg.xmp"))
+    shutil.copy(beside, tmp_path / "alone.jpg.xmp")
+    assert write_sidecars([row(tmp_path / "alone.jpg")]).written == 1
+    assert after == said(tmp_path / "alone.jpg.xmp") and all(name in after for name in before)
+    assert photo.read_bytes() == content
+    done = write_sidecars([row(photo)])
+    assert (done.written, done.unchanged, done.problems) == (0, 1, [])
 
 
 def test_overwriting_is_asked_for(photo):
