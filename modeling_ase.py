@@ -537,6 +537,7 @@ class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
                 `image_token_mask` `(batch, sequence)` beside them says what was kept, `image_token_grids` in which rows
                 and columns an image's tokens stand.
         """
+        encoder_decoder = self.config.mllm_config.is_encoder_decoder  # whose decoder reads the labels, one place late
         given = drop_none(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -544,7 +545,7 @@ class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
-            labels=labels if caption_weights is None else None,
+            labels=labels if caption_weights is None or encoder_decoder else None,
             num_items_in_batch=num_items_in_batch if labels is not None else None,
             logits_to_keep=logits_to_keep,
             image_token_budget=image_token_budget,
@@ -564,7 +565,7 @@ class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
         result = add_fields(outputs, fields)
         if labels is not None:
             if caption_weights is not None:
-                shift_labels = kwargs.get("shift_labels")
+                shift_labels = labels if encoder_decoder else kwargs.get("shift_labels")
                 result.loss = weighted_caption_loss(
                     outputs.logits, labels, caption_weights, num_items_in_batch, shift_labels
                 )
@@ -617,7 +618,8 @@ class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
         terms = saliency_losses(self.config.iasm_config, result, **targets)
         added = terms.pop("loss")
         if num_items_in_batch is not None and labels is not None:
-            added = added * (labels[:, 1:] != -100).sum() / num_items_in_batch
+            targets = labels if self.config.mllm_config.is_encoder_decoder else labels[:, 1:]
+            added = added * (targets != -100).sum() / num_items_in_batch
         for name, term in terms.items():
             result[name] = term
         result.loss = added if result.loss is None else result.loss + added

@@ -140,7 +140,12 @@ def test_an_encoder_is_not_shown_the_caption_and_the_decoder_writes_it():
     assert [[i for i in row if i != -100] for row in batch["labels"].tolist()] == answers
     prompt = processor(images=rows[0]["image"], text=processor.critique_prompt(), return_tensors="pt")
     assert all(torch.equal(row, prompt["input_ids"][0]) for row in batch["input_ids"])
-    assert model(**batch).loss.isfinite()
+    plain, weighted = model(**batch), model(**batch, caption_weights=torch.ones(3))
+    torch.testing.assert_close(plain.loss, weighted.loss)
+    likely = plain.logits.log_softmax(-1).gather(-1, batch["labels"].clamp(min=0).unsqueeze(-1))[..., 0]
+    torch.testing.assert_close(plain.loss, -likely[batch["labels"] != -100].mean())
+    alone = model(**batch, caption_weights=torch.tensor([0.0, 1.0, 0.0])).loss * (batch["labels"] != -100).sum()
+    torch.testing.assert_close(alone, -likely[1][batch["labels"][1] != -100].sum())
     short = collate(processor, rows, encoder_decoder=True, max_length=3, max_caption_length=2)
     assert short["labels"].shape[1] == 2
     assert collate(processor, rows, encoder_decoder=True, max_length=3)["labels"].shape[1] == 3

@@ -79,6 +79,14 @@ def test_tiles_are_drawn_without_a_heat_map():
     assert with_heat.getpixel((480, 10)) != (0, 0, 0) == without.getpixel((480, 10)) == with_heat.getpixel((470, 10))
 
 
+def test_losses_and_copies_that_would_be_wrong_are_refused(checkpoint, photographs, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="predicts each token from itself"):
+        run(checkpoint, photographs, tmp_path / "smooth", **SMALL, label_smoothing_factor=0.1)
+    monkeypatch.setattr(finetune.TrainingArguments, "n_gpu", 2)
+    with pytest.raises(ValueError, match=r"sees 2 GPUs.*accelerate launch"):
+        run(checkpoint, photographs, tmp_path / "copies", **SMALL)
+
+
 def test_a_prompt_that_leaves_no_room_is_refused(checkpoint, photographs, tmp_path):
     with pytest.raises(ValueError, match="no room for a caption in 9"):
         run(checkpoint, photographs, tmp_path / "out", max_steps=1, stage="all", max_length=9)
