@@ -9,7 +9,8 @@ aic_data.py says what else is read: PCCD, AVA and others, CSV, Hub data sets, fu
     --data PCCD AVA-Captions my-photographs --images PCCD/images AVA/images - --data_weights 1 0.2 3 --pccd joined
 A photograph to train on in one that another evaluates on is refused. Without a split `validation`, `--validation_share`
 of the photographs is set aside for it; a split `test` is never looked at. `--aspect_names topics` of a new graft trains the
-module's aspects by the data's scores of topics, e.g. PCCD's seven.
+module's aspects by the data's scores of topics, e.g. PCCD's seven; `--aspect_names words`, where there are captions and no
+labels, by which of a hundred words a photograph's captions say.
 
 Interrupted, even by kill -9, the same command goes on from the last whole checkpoint, unless the data have changed
 meanwhile. Stages (`--stage`):
@@ -51,6 +52,7 @@ import torch
 import transformers
 from accelerate.utils import gather_object
 from aic_data import Report, parse_columns, row_question, split_off_validation, training_rows
+from caption_words import label_by_words
 from common import set_gate_rate, words, write_captions
 from datasets.exceptions import DatasetsError
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
@@ -118,7 +120,10 @@ class ScriptArguments:
     dtype: str = field(default="float32", metadata={"help": "Of the base. The added modules train in float32."})
     fusion_layers: list[int] | None = field(default=None, metadata={"help": "Of a new graft: see `ASEConfig`."})
     aspect_names: list[str] | None = field(
-        default=None, metadata={"help": "Of a new graft, for `aspect_labels`; topics: those with scores in the data."}
+        default=None,
+        metadata={
+            "help": "Of a new graft, for `aspect_labels`; topics: those with scores in the data; words: those of captions."
+        },
     )
     score_loss_weight: float | None = field(default=None, metadata={"help": "Default: as in the configuration."})
     saliency_loss_weight: float | None = field(default=None, metadata={"help": "Default: as in the configuration."})
@@ -539,6 +544,8 @@ def read_data(
         train, validation = split_off_validation(splits, args.validation_share, training_args.seed)
         if args.aspect_names == ["topics"]:
             args.aspect_names = scored_topics(train)
+        if args.aspect_names == ["words"]:
+            args.aspect_names, train, validation = label_by_words(train, validation)
         if args.aspect_names is not None:
             processor.aspect_names = args.aspect_names
         train_rows, validation_rows = (training_rows(part, processor) for part in (train, validation))

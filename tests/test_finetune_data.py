@@ -97,6 +97,40 @@ def test_scores_of_topics_train_the_aspects(base, checkpoint, tmp_path, seen):
         run(base, unscored, tmp_path / "four", **SMALL, aspect_names="topics")
 
 
+def test_words_of_captions_train_the_aspects(base, checkpoint, tmp_path, seen):
+    """Of a photograph all that its captions say, whichever row has them; words that nearly all or only one have do not count."""
+    said = [
+        ["soft light", "the light is warm"],
+        ["the light is hard"],
+        ["it tilts, the sky is warm"],
+        ["the sky", "it tilts"],
+    ]
+    rows = [{"file_name": f"{i}.png", "captions": said[i % 4], "split": "train"} for i in range(8)]
+    rows += [{"file_name": f"{i}.png", "captions": ["Soft, WARM."], "split": "validation"} for i in (8, 9)]
+    rows += [{"file_name": "10.png", "captions": [], "score": 5, "split": "train"}]
+    data = write_photographs(tmp_path / "own", rows)
+    run(base, data, tmp_path / "out", **SMALL, aspect_names="words")
+    names = ["it", "light", "sky", "tilts", "warm", "hard", "soft"]
+    model = ASEForConditionalGeneration.from_pretrained(tmp_path / "out")
+    assert (
+        model.config.iasm_config.aspect_names == ASEProcessor.from_pretrained(tmp_path / "out").aspect_names == names
+    )
+    expected = {"0": [0, 1, 0, 0, 1, 0, 1], "1": [0, 1, 0, 0, 0, 1, 0], "2": [1, 0, 1, 1, 1, 0, 0], "10": None}
+    trained = dict(zip(seen["train"]["image_id"], seen["train"]["aspect_labels"]))
+    assert {name: trained[name] for name in expected} == expected
+    assert seen["validation"]["aspect_labels"] == [[0, 0, 0, 0, 1, 0, 1]] * 2
+    assert "aspect_loss" in trainer_state(tmp_path / "out")["log_history"][0]
+    run(tmp_path / "out", data, tmp_path / "two", **SMALL, aspect_names="words")  # goes on with the same words
+    with pytest.raises(ValueError, match="aspect_names are of a new graft"):
+        run(checkpoint, data, tmp_path / "three", **SMALL, aspect_names="words")
+    labelled = write_photographs(tmp_path / "labelled", [{**rows[0], "aspect_labels": [1, 0]}, rows[8]])
+    with pytest.raises(ValueError, match="0 has `aspect_labels` of its own"):
+        run(base, labelled, tmp_path / "four", **SMALL, aspect_names="words")
+    alone = write_photographs(tmp_path / "alone", [rows[0], rows[8]])
+    with pytest.raises(ValueError, match="of 1 photographs with captions no two"):
+        run(base, alone, tmp_path / "five", **SMALL, aspect_names="words")
+
+
 def test_several_sources_are_trained_on_by_their_weights(checkpoint, tmp_path, seen):
     pccd = write_pccd(tmp_path / "pccd", train=4, validation=2)
     (pccd / "images").rename(tmp_path / "elsewhere")
