@@ -580,7 +580,7 @@ class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
         caption_weights: torch.Tensor | None,
     ):
         if labels is None:
-            if caption_weights is not None:
+            if self.training and caption_weights is not None:
                 raise ValueError(
                     "`caption_weights` are given without `labels`: there is no caption to weigh. With "
                     "`label_smoothing_factor` the `Trainer` takes the labels away and computes a loss of its own, which "

@@ -145,7 +145,8 @@ def test_copies_of_data_parallel_are_refused():
 def test_weights_of_captions_need_captions():
     inputs = make_inputs()
     with pytest.raises(ValueError, match="label_smoothing_factor"):
-        tiny_model()(**inputs, caption_weights=torch.ones(2))
+        tiny_model().train()(**inputs, caption_weights=torch.ones(2))
+    assert tiny_model().eval()(**inputs, caption_weights=torch.ones(2)).loss is None
 
 
 def test_a_graft_keeps_mode_and_generation_config():
