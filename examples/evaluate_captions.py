@@ -201,7 +201,9 @@ def fill(row: dict[str, Any], other: dict[str, Any]) -> bool:
     """Adds to a row what it does not say and another one of the same photograph does; whether their scores differ."""
     scores = given_score(row), given_score(other)
     for name, value in other.items():
-        if row.get(name) in (None, "", [], {}) and not (name in SCORES and scores[0] is not None):
+        known = row.get(name)
+        unsaid = known is None or (isinstance(known, str | list | dict) and not known)
+        if unsaid and not (name in SCORES and scores[0] is not None):
             row[name] = value
     return None not in scores and scores[0] != scores[1]
 
