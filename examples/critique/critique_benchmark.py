@@ -193,8 +193,9 @@ def aspects_to_learn(args: argparse.Namespace) -> tuple[list[str], torch.Tensor 
     if args.labels == "words":
         start = args.warm_up + args.vision_samples
         return word_labels(args.work, range(start, start + args.samples))
-    columns = read_columns(args.work, "train")
-    return list(FAULTS), torch.full_like(columns["aspect_labels"], -1) if args.labels == "none" else None
+    if args.labels == "none":
+        return list(FAULTS), torch.full_like(read_columns(args.work, "train")["aspect_labels"], -1)
+    return list(FAULTS), None
 
 
 def prompt_tokens(processor: ASEProcessor) -> torch.Tensor:
