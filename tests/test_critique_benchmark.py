@@ -382,6 +382,7 @@ def what_is_learned_from(labels: str, args, monkeypatch) -> list[dict]:
     return seen
 
 
+@pytest.mark.usefixtures("without_the_bundles_eyes")
 def test_with_labels_fusions_learn_from_the_start(args, monkeypatch):
     seen = what_is_learned_from("truth", args, monkeypatch)
     assert [b["fuses"] for b in seen] == [None, True, True, True]  # the module alone has none
@@ -389,6 +390,7 @@ def test_with_labels_fusions_learn_from_the_start(args, monkeypatch):
     assert all(torch.equal(b["aspect_targets"], truth[b["rows"]]) for b in seen)
 
 
+@pytest.mark.usefixtures("without_the_bundles_eyes")
 def test_without_labels_aspects_are_learned_from_captions_alone(args, monkeypatch):
     seen = what_is_learned_from("none", args, monkeypatch)
     assert all((b["aspect_targets"] == -1).all() for b in seen)
@@ -401,6 +403,7 @@ def test_without_labels_aspects_are_learned_from_captions_alone(args, monkeypatc
     assert learner.mllm.model.iasm.score_head.weight.grad.any() and learner.mllm.lm_head.weight.grad.any()
 
 
+@pytest.mark.usefixtures("without_the_bundles_eyes")
 def test_words_of_captions_are_labels_where_there_are_captions(args, monkeypatch):
     seen = what_is_learned_from("words", args, monkeypatch)
     assert [b.pop("fuses") for b in seen] == [None, False, False, True]
