@@ -86,7 +86,7 @@ def read_photograph(photo: str | os.PathLike | bytes | Image.Image, longest_side
         image = _to_eight_bits(image)
         if (
             isinstance(photo, TiffImageFile) and photo.tag_v2.get(262) == 0
-        ):  # where white is 0 Pillow heeds it in 8 bits only
+        ):  # white is 0: Pillow heeds it in 8 bits only
             image = ImageOps.invert(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -232,9 +232,7 @@ def _read_conversation(conversation: Any) -> Any:
     for name, value in given.items():
         if isinstance(value, dict):  # as OpenAI's clients write it
             value = value.get("url")
-        photo = _read_images(base64.b64decode(value) if name == "base64" else value)
-        if isinstance(photo, bytes):
-            photo = read_photograph(photo)
+        photo = read_photograph(base64.b64decode(value)) if name == "base64" else _read_images(value)
         if isinstance(photo, Image.Image):
             rest = {key: other for key, other in conversation.items() if key not in given}
             return {**rest, "type": "image", "image": photo}

@@ -6,10 +6,10 @@ Whether a critique says a word is known of every photograph with a critique. A h
 model reads it. How words are chosen is this project's own.
 """
 
-import re
 from collections import Counter, defaultdict
 
 import datasets
+from common import words as split_words
 
 
 MOST_WORDS = 100
@@ -17,8 +17,8 @@ SHARES = 0.01, 0.5  # of the photographs: a rarer word has too few, a more commo
 
 
 def words_of(captions: list[str]) -> set[str]:
-    """The words in all captions of one photograph, in lower case."""
-    return {word for caption in captions for word in re.findall(r"[^\W\d_]{2,}", caption.lower())}
+    """The words in all captions of one photograph, without numbers and single letters."""
+    return {word for caption in captions for word in split_words(caption) if word.isalpha() and len(word) > 1}
 
 
 def choose_words(captions: list[list[str]], most: int = MOST_WORDS) -> list[str]:

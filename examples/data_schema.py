@@ -1,9 +1,11 @@
 """The columns of data in the examples, and how a row of any source becomes one of them, with what is wrong with it."""
 
 import ast
+import io
 import json
 import math
 import re
+import tokenize
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,16 +182,24 @@ def read_list(value: Any) -> Any:
     """The list that a table's cell holds as text, as JSON or as Python writes it; anything else as it is."""
     if not isinstance(value, str) or not (text := value.strip()).startswith("["):
         return value
-    # as an array is written, without commas, Python would read all texts as one
-    text = re.sub(r"(['\"])\s+(?=['\"])", r"\1, ", text)
-    for parse in (json.loads, ast.literal_eval):
+    for parse in (json.loads, parse_literal):
         try:
             parsed = parse(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+        except (ValueError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError):
             continue
         if isinstance(parsed, list):
             return parsed
     return value
+
+
+def parse_literal(text: str) -> Any:
+    """What Python's text says; texts without a comma between them, as an array has them, stay as many."""
+    parts, before = [], None
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type != tokenize.NL:
+            parts += [","] * (token.type == before == tokenize.STRING) + [token.string]
+            before = token.type
+    return ast.literal_eval(" ".join(parts).strip())
 
 
 def read_score(

@@ -475,7 +475,7 @@ def test_lists_in_the_cells_of_a_table_are_lists(tmp_path):
     """As pandas writes them, and `json.dumps`; a text that only begins like one stays a text."""
     names = [f"{letter}.jpg" for letter in "abcd"]
     _pictures(tmp_path, *names)
-    captions = ["The light is soft.", "The horizon 'tilts'."]
+    captions = ["The light is soft.", "It's 'too' 'dark' by \"far\" \"too\"."]
     rows = {
         "file_name": names,
         "captions": [captions, json.dumps(captions), np.array(captions), "[sic] It's soft."],

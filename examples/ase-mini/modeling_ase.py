@@ -295,9 +295,7 @@ class ASEModel(ASEPreTrainedModel):
             raise ValueError(f"`image_token_budget` has nothing to cut: {name} puts no image tokens into its prompt.")
         return {name: given[name] for name in inspect.signature(encode).parameters if name in given}
 
-    def _cut(
-        self, given: dict[str, Any], kept: torch.Tensor, pad_left: bool = False
-    ) -> tuple[dict[str, Any], PromptCut]:
+    def _cut(self, given: dict[str, Any], kept: torch.Tensor, pad_left: bool) -> tuple[dict[str, Any], PromptCut]:
         ids = given["input_ids"]
         if given.get("attention_mask") is None:  # gaps in positions alone would be taken for packed sequences
             given["attention_mask"] = torch.ones_like(ids)
@@ -618,8 +616,8 @@ class ASEForConditionalGeneration(ASEPreTrainedModel, GenerationMixin):
         terms = saliency_losses(self.config.iasm_config, result, **targets)
         added = terms.pop("loss")
         if num_items_in_batch is not None and labels is not None:
-            targets = labels if self.config.mllm_config.is_encoder_decoder else labels[:, 1:]
-            added = added * (targets != -100).sum() / num_items_in_batch
+            learned = labels if self.config.mllm_config.is_encoder_decoder else labels[:, 1:]
+            added = added * (learned != -100).sum() / num_items_in_batch
         for name, term in terms.items():
             result[name] = term
         result.loss = added if result.loss is None else result.loss + added
