@@ -84,9 +84,8 @@ def read_photograph(photo: str | os.PathLike | bytes | Image.Image, longest_side
     image = _upright(photo)
     if image.mode.startswith(("I", "F")):  # convert() would clip these at 255
         image = _to_eight_bits(image)
-        if (
-            isinstance(photo, TiffImageFile) and photo.tag_v2.get(262) == 0
-        ):  # white is 0: Pillow heeds it in 8 bits only
+        # where white is 0, which Pillow heeds in 8 bits only
+        if isinstance(photo, TiffImageFile) and photo.tag_v2.get(262) == 0:
             image = ImageOps.invert(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
