@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import tarfile
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import critique_data
 import critique_edits
 import critique_pictures
 import critique_qualities
+import critique_sources as critique_sources_script
 import critique_styles
 import numpy as np
 import pytest
@@ -537,3 +540,59 @@ def test_a_split_without_pictures_is_refused(tmp_path):
 
 def test_contact_sheet_shows_every_sample(samples):
     assert critique_data.contact_sheet(samples[:5], columns=4).size == (1360, 980)
+
+
+def test_edited_pictures_may_keep_the_light_they_were_taken_in(critique_sources):
+    pool = critique_sources["train"]
+    dark = [replace(photo, raw=photo.raw.point(lambda code: code // 4)) for photo in pool.photos]
+    dark = replace(pool, photos=dark)
+    shares = {"composite_share": 0, "light_share": 0, "style_share": 0, "natural_share": 0, "fault_probability": 0}
+
+    def light(**options) -> list[float]:
+        rows = [make_sample(index, "train", 0, dark, bar_share=0, **shares | options) for index in range(24)]
+        return [np.asarray(row["image"].convert("L")).mean() for row in rows]
+
+    normal, kept, natural = light(), light(raw_share=1.0), light(natural_share=1.0)
+    assert min(normal) > 80 and max(natural) < 60
+    assert min(kept) < 70 and max(kept) > 80 and np.mean(natural) < np.mean(kept) < np.mean(normal)
+
+
+def test_pictures_are_taken_out_of_a_wheel_and_an_npm_archive(tmp_path, monkeypatch):
+    photo, packages = landscape(np.random.default_rng(0)), tmp_path / "packages"
+    packages.mkdir()
+    photo.save(tmp_path / "hill.jpg", quality=95)
+    with zipfile.ZipFile(packages / "some_photos-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.write(tmp_path / "hill.jpg", "some_photos/hill.jpg")
+    with tarfile.open(packages / "some-theme-2.1.0.tgz", "w:gz") as archive:
+        archive.add(tmp_path / "hill.jpg", "package/img/bg.jpg")
+    listing = {
+        "packages": {
+            "some-photos": {"kind": "pypi", "version": "1.0", "licence": "CC0-1.0"},
+            "some-theme": {"kind": "npm", "version": "2.1.0", "licence": "MIT"},
+        },
+        "photos": [
+            {"id": "wheel-hill", "package": "some-photos", "path": "some_photos/hill.jpg"},
+            {"id": "theme-hill", "package": "some-theme", "path": "img/bg.jpg"},
+        ],
+        "cutouts": [],
+    }
+    monkeypatch.setattr(critique_sources_script, "MANIFEST", tmp_path / "sources.json")
+    critique_sources_script.MANIFEST.write_text(json.dumps(listing))
+    critique_sources_script.prepare(tmp_path / "out", packages)
+    for name in ("wheel-hill", "theme-hill"):
+        with Image.open(tmp_path / "out" / "photos" / f"{name}.jpg") as image:
+            assert image.size == photo.size
+
+    (tmp_path / "out" / "photos" / "theme-hill.jpg").unlink()
+    (packages / "some-theme-2.1.0.tgz").rename(packages / "some-theme-2.0.0.tgz")
+    with pytest.raises(critique_sources_script.SourceError, match=r"some-theme: no some-theme-2\.1\.0\.tgz in"):
+        critique_sources_script.prepare(tmp_path / "out", packages)
+
+
+def test_an_opened_aperture_is_advice_for_what_is_near():
+    def advice(*found: str) -> set[str]:
+        texts = [compose_verdict(["busy_background", *found], np.random.default_rng(seed)) for seed in range(60)]
+        return {text for text in texts if "open the aperture" in text}
+
+    assert advice("flower") and advice("person", "subject_centred")
+    assert not advice("building") and not advice("landscape") and not advice("subject_centred")

@@ -155,6 +155,7 @@ def make_sample(
     light_share: float = 0.1,
     style_share: float = 0.2,
     bar_share: float = 0.05,
+    raw_share: float = 0.0,
 ) -> dict[str, Any]:
     """One sample, the same for the same (seed, split, index): a picture and what is true of it.
 
@@ -169,7 +170,8 @@ def make_sample(
     strength: least and greatest multiple of the least fault. Shares of all samples: composite_share, with a cut-out as
     their subject; natural_share, photographs as they were taken, without any edit; light_share, edited by less than half
     the least fault, so that nothing is wrong with them; style_share, with a style, which is no fault;
-    bar_share, between black or white bars or in a frame.
+    bar_share, between black or white bars or in a frame. raw_share: of the edited ones, whose photograph keeps a part, from
+    nothing to all, of the light and colour that it was taken with before anything is done to it.
     """
     rng = np.random.default_rng([seed, index, int.from_bytes(hashlib.sha256(split.encode()).digest()[:4], "big")])
     composite, manner = _draw_manner(rng, composite_share, natural_share, light_share, style_share)
@@ -179,7 +181,7 @@ def make_sample(
     tilt = _draw_tilt(faults, photo.level, manner, rng)
     long_side = round(long_side * rng.uniform(0.7, 1)) if rng.random() < 0.3 else long_side
     framing = draw_framing(photo, tilt, long_side, rng)
-    canvas = framing.render(photo.raw if manner == "natural" else photo.normal)
+    canvas = framing.render(_base_picture(photo, manner, raw_share, rng))
     if composite:
         scene = _pasted(canvas, framing, faults, sources, rng)
     else:
@@ -234,6 +236,15 @@ def _draw_manner(
     edited = max(1 - natural, 1e-6)
     manner = "light" if other < light / edited else "style" if other < (light + style) / edited else "faults"
     return bool(drawn < composite), manner
+
+
+def _base_picture(photo: Photo, manner: str, raw_share: float, rng: np.random.Generator) -> Image.Image:
+    """The photograph before any edit."""
+    if manner == "natural":
+        return photo.raw
+    if raw_share and rng.random() < raw_share:
+        return Image.blend(photo.normal, photo.raw, rng.random())
+    return photo.normal
 
 
 def _edited(

