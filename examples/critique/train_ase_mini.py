@@ -72,7 +72,7 @@ IMAGE_SIZE, PATCH_SIZE, SALIENCY_SIZE = 168, 14, 160  # pixels that the encoder 
 DEPTH, READ = 8, [3, 7]  # layers of the encoder that are kept, and the indices of those that the module reads
 SIDE = IMAGE_SIZE // PATCH_SIZE
 STAGES = ("pictures", "text", "module", "whole")
-PICTURES = 10_000
+PICTURES = 14_000
 SAMPLES = {"text": 54_000, "module": 151_500, "whole": 86_300}
 LEARNING_RATES = {"module": 1.5e-3, "text": 1e-3, "whole": 3e-4}
 BATCH_SIZES = {"module": 32, "text": 64, "whole": 32}
@@ -83,7 +83,7 @@ RAW_SHARE = 0.5  # of the edited pictures: what they are looked at for has been 
 VARIANTS, TURNED_OVER = 12, 4  # verdicts of each picture to learn from, and how many aspects at most are turned over
 # Kinds of subject that were right in two of three held-out pictures where they were said, with a margin of two logits; the
 # others were wrong more often, and are never said.
-KNOWN_KINDS, MARGIN, NEVER = ("animal", "flower", "building"), 2.0, 20.0
+KNOWN_KINDS, MARGIN, NEVER = ("animal", "flower", "building", "landscape"), 2.0, 20.0
 MOST_ALARMS = 0.02  # of the pictures without a fault, by which thresholds are set
 CHAT_TEMPLATE = r"""{#- The one question that the model was taught: it is asked this one, after the photographs, whatever the words were. -#}
 {%- set question = 'Critique this photograph: what is good, what is wrong, what would help?' -%}
