@@ -12,6 +12,7 @@ import torch
 import train_ase_mini
 from common import critique
 from critique_captions import ASPECT_FAULTS, ASPECTS, FAULTS, named_aspects
+from evaluate_ase_mini import alarms_without_faults, fault_rates
 from huggingface_hub import ModelCard
 from jinja2 import TemplateError
 from PIL import Image, ImageEnhance
@@ -254,3 +255,13 @@ def test_saliency_scores_against_slow_definitions():
     assert scores["AUC"] == pytest.approx(area)
     assert scores["NSS"] == pytest.approx(((saliency - saliency.mean()) / saliency.std())[mask > 0.5].mean(), rel=1e-5)
     assert scores["CC"] == pytest.approx(np.corrcoef(saliency.ravel(), mask.ravel())[0, 1])
+
+
+def test_alarms_on_pictures_without_a_fault_are_counted_apart():
+    fine = dict.fromkeys(FAULTS, 0.0)
+    labels = [fine, fine | {"subject_centred": 1.0}, fine | {"underexposed": 1.0}]
+    captions = ["The picture is underexposed.", "The subject is centred.", "The tones are harsh."]
+    share, pictures = alarms_without_faults(captions, labels)
+    assert pictures == 2  # exposure is called wrong in one of two, and seven more aspects in none
+    assert share == pytest.approx(0.5 / 8)
+    assert fault_rates(captions, labels)["contrast"][1] == pytest.approx(1 / 3)

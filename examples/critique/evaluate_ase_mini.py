@@ -104,6 +104,19 @@ def fault_rates(captions: list[str], labels: list[dict[str, float]]) -> dict[str
     return rates
 
 
+def alarms_without_faults(captions: list[str], labels: list[dict[str, float]]) -> tuple[float, int]:
+    """
+    Mean of the aspects' false alarms over the pictures that have no fault of light, colour, detail or level, and how many.
+
+    A fault brings others along that its maker does not know of: too little light, by a gamma curve, is harsh as well.
+    """
+    faults = [fault for aspect in PHOTOMETRIC for fault in ASPECT_FAULTS[aspect]]
+    pairs = [pair for pair in zip(captions, labels) if not any(pair[1][fault] == 1 for fault in faults)]
+    rates = fault_rates([caption for caption, _ in pairs], [truth for _, truth in pairs])
+    alarms = [rates[aspect][1] for aspect in ASPECT_FAULTS if aspect not in APART]
+    return _mean([alarm for alarm in alarms if not np.isnan(alarm)]), len(pairs)
+
+
 def _mean(values: list) -> float:
     return float(np.mean(values)) if values else float("nan")
 
@@ -143,6 +156,7 @@ def measure_edits(found: dict[str, list], centre: np.ndarray) -> dict:
         "aspects": {**rates, "placement, composites": of(pasted), "placement, photographs": of(plain)},
         "macro recall": _mean([recall for recall, _, _ in macro]),
         "mean false alarm": _mean([alarm for _, alarm, _ in macro]),
+        "faultless": alarms_without_faults(found["caption"], found["labels"]),
         "subject blurred": (_mean(["subject_blurred" in said[i] for i in subject]), len(subject)),
         "text": caption_scores(found["caption"], found["references"]),
         "wrong photo": caption_scores(found["caption"], shuffled),
@@ -206,6 +220,9 @@ def as_markdown(figures: dict) -> str:
     lines += ["| **macro** (without level and placement) | " + " | ".join(macro) + " |", ""]
     lines += ["| figure | " + " | ".join(names) + " |", "|---" * (1 + len(sets)) + "|"]
     rows = {
+        "false alarms, no fault of light, colour or detail": [
+            "{:.1%} of {}".format(*one["faultless"]) for one in sets
+        ],
         "text says just what the labels say": [f"{one['agreement']:.0%}" for one in sets],
         "subject blurred, named": ["{:.0%} of {}".format(*one["subject blurred"]) for one in sets],
         "score SRCC": [f"{one['SRCC']:.3f}" for one in sets],
