@@ -280,7 +280,7 @@ _SUBJECT_FAULTS = ("subject_blurred", "subject_near_edge", "busy_background")
 # Each of these is told in a sentence that names the subject.
 _TOLD_OF_SUBJECT = {*QUALITIES[:3], *QUALITIES[4:6], *_PLACEMENT, *ASPECT_FAULTS["depth"]}
 # Of these an opened aperture puts the background out of focus; from a house or a hill away it does nothing.
-_NEAR = ("bird", "animal", "insect", "fish", "flower", "plant", "food", "instrument", "object", "person")
+_NEAR = set(KINDS) - {"building", "landscape", "vehicle"}
 
 
 def compose_verdict(
@@ -412,10 +412,8 @@ def _shortcomings(
     texts, listed = [], []
     for fault in _SUBJECT_FAULTS:
         if fault in found:
-            ways = VERDICTS["own"][fault]
-            if fault == "busy_background" and subject.noun in _NEAR:
-                ways = ways + VERDICTS["busy_behind_near"]
-            clause, fix = _pick(ways, rng)
+            near = VERDICTS["near"].get(fault, []) if subject.noun in _NEAR else []
+            clause, fix = _pick(VERDICTS["own"][fault] + near, rng)
             if just_named and not texts and rng.random() < 0.7:
                 clause = re.sub(r"^\{the\}", subject.again, clause)
             text = _with_degree(clause + _pick(VERDICTS["links"], rng) + fix, fault, strengths, rng)

@@ -220,7 +220,7 @@ def as_markdown(figures: dict) -> str:
     lines += ["| **macro** (without level and placement) | " + " | ".join(macro) + " |", ""]
     lines += ["| figure | " + " | ".join(names) + " |", "|---" * (1 + len(sets)) + "|"]
     rows = {
-        "false alarms, no fault of light, colour or detail": [
+        "false alarms, no fault of light, colour, detail or level": [
             "{:.1%} of {}".format(*one["faultless"]) for one in sets
         ],
         "text says just what the labels say": [f"{one['agreement']:.0%}" for one in sets],

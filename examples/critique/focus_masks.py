@@ -7,8 +7,9 @@ Where the subject of every photograph of the generator lies, as the focus networ
 writes `critique_masks.png`, a grid of masks of 64 x 64 pixels, each of a whole photograph squashed to a square, in the
 order in which `critique_sources.json` lists the photographs with a subject. Where a box is known the mask is cut to it.
 What the network is unsure of is made clear (below 0.3 nothing, above 0.7 all), or haze would lie on skies and lawns.
-The sheet shows the masks on the photographs, for the eye. Looked at once, all 280: none is of the wrong thing; a thin
-part is lost here and there (the blade of a screwdriver, a rope).
+The sheet shows the masks on the photographs, for the eye. Looked at once, all 280: none is of the wrong thing
+(photographs whose masks were are listed without a subject, or not at all); a thin part is lost here and there (the blade of
+a screwdriver, a rope).
 """
 
 import argparse

@@ -79,7 +79,7 @@ BATCH_SIZES = {"module": 32, "text": 64, "whole": 32}
 PLACES = 4  # of the picture in the stage of the text
 WEIGHTS = {"score_loss_weight": 5.0, "aspect_loss_weight": 3.0, "saliency_loss_weight": 1.0}
 SHARD = 250  # pictures in a file
-RAW_SHARE = 0.5  # of the edited pictures: what they are looked at for has been edited by nobody
+RAW_SHARE = 0.5  # of the edited pictures keep a part of their own light, as the photographs that people have do
 VARIANTS, TURNED_OVER = 12, 4  # verdicts of each picture to learn from, and how many aspects at most are turned over
 # Kinds of subject that were right in two of three held-out pictures where they were said, with a margin of two logits; the
 # others were wrong more often, and are never said.
